@@ -1,0 +1,19 @@
+"""Backends that execute the sparse ops. Importing this package registers those that ship with it."""
+
+from . import densified, reference
+from .registry import Backend, ConvGeometry, GruGrads, GruWeight, choose, get, names, register, require, why_not
+
+__all__ = [
+    "Backend",
+    "ConvGeometry",
+    "GruGrads",
+    "GruWeight",
+    "choose",
+    "densified",
+    "get",
+    "names",
+    "reference",
+    "register",
+    "require",
+    "why_not",
+]

@@ -1,0 +1,148 @@
+"""The `reference` backend: the definitions of `sparse_kernels.reference`, for every op, pattern, dtype and device.
+
+It is the specification that other backends are tested against, not a fast path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..patterns import Block
+from ..topology import WeightIndex
+from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last for an NCHW tensor whose channels are its fastest dimension, else contiguous.
+
+    It looks at strides only where they are meaningful (size above 1), so that C=1 or H=W=1 answer alike everywhere.
+    """
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs: what weight gradients and scores are returned in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class DenseWeightBackend(Backend):
+    """What backends that materialise the dense weight have in common: the GRU and the scores."""
+
+    def _dense_grad(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None) -> Tensor:
+        """`dYᵀ · gather(X)`: `[out, taps * in]`."""
+        raise self._missing("dense weight gradient")
+
+    def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
+        return index.gather(self._dense_grad(dy, x, index, conv)).to(score_dtype(x))
+
+    def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
+        blocks = index.blocks(self._dense_grad(dy, x, index, conv).to(score_dtype(x)))
+        return reference.block_scores(blocks).view(index.row_blocks, index.col_blocks)
+
+    def gru_forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        lengths: Tensor | None,
+        weights: Sequence[GruWeight],
+        biases: Sequence[Tensor],
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, h_n = reference.gru(x, h0, lengths, [_dense(w, x.dtype) for w in weights], [b.to(x.dtype) for b in biases])
+        return y, h_n, x.new_empty(0)
+
+    def gru_backward(
+        self,
+        dy: Tensor,
+        dh_n: Tensor,
+        x: Tensor,
+        h0: Tensor,
+        lengths: Tensor | None,
+        weights: Sequence[GruWeight],
+        biases: Sequence[Tensor],
+        y: Tensor,
+        reserve: Tensor,
+        want_scores: Sequence[bool],
+    ) -> GruGrads:
+        # Nothing was saved: the forward is run again under autograd.
+        with torch.enable_grad():
+            dense = [_dense(w, x.dtype).detach().requires_grad_() for w in weights]
+            small = [b.detach().to(x.dtype).requires_grad_() for b in biases]
+            leaves = [x.detach().requires_grad_(), h0.detach().requires_grad_(), *dense, *small]
+            outputs = reference.gru(leaves[0], leaves[1], lengths, dense, small)
+            grads = torch.autograd.grad(outputs, leaves, (dy, dh_n), materialize_grads=True)
+        dtype = score_dtype(x)
+        dense_grads = [g.to(dtype) for g in grads[2 : 2 + len(dense)]]
+        scores: list[Tensor | None] = []
+        for weight, grad, wanted in zip(weights, dense_grads, want_scores, strict=True):
+            index = weight.index
+            if not wanted or index is None:
+                scores.append(None)
+                continue
+            scores.append(reference.block_scores(index.blocks(grad)).view(index.row_blocks, index.col_blocks))
+        weight_grads = [g if w.index is None else w.index.gather(g) for w, g in zip(weights, dense_grads, strict=True)]
+        bias_grads = [g.to(dtype) for g in grads[2 + len(dense) :]]
+        return GruGrads(grads[0], grads[1], weight_grads, bias_grads, scores)
+
+    def gru_reserve_shape(self, batch: int, steps: int, hidden: int, directions: int) -> list[int]:
+        return [0]
+
+
+def _dense(weight: GruWeight, dtype: torch.dtype) -> Tensor:
+    tensor = weight.tensor.to(dtype)
+    return tensor if weight.index is None else weight.index.scatter(tensor)
+
+
+class ReferenceBackend(DenseWeightBackend):
+    """Gather, one dense product, scatter."""
+
+    name = "reference"
+
+    def why_unsupported(self, op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None if dtype.is_floating_point else f"{dtype} is not a floating-point type"
+
+    def spmm(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        bias: Tensor | None = None,
+        conv: ConvGeometry | None = None,
+    ) -> Tensor:
+        weight = index.scatter(values.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if conv is None:
+            return reference.linear(x, weight, bias)
+        rows = reference.gather(x, conv.kernel, conv.stride, conv.padding, conv.dilation)
+        height, width = conv.output_size(x.shape[2], x.shape[3])
+        y = reference.linear(rows, weight, bias).view(x.shape[0], height, width, index.out).permute(0, 3, 1, 2)
+        return y.contiguous(memory_format=memory_format(x))
+
+    def spmm_t(
+        self,
+        dy: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        conv: ConvGeometry | None = None,
+        x_like: Tensor | None = None,
+    ) -> Tensor:
+        weight = index.scatter(values.to(dy.dtype))
+        if conv is None or x_like is None:
+            return dy @ weight
+        rows = dy.permute(0, 2, 3, 1).reshape(-1, index.out) @ weight
+        dx = reference.scatter(rows, x_like.shape, conv.kernel, conv.stride, conv.padding, conv.dilation)
+        return dx.contiguous(memory_format=memory_format(x_like))
+
+    def _dense_grad(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None) -> Tensor:
+        if conv is None:
+            return reference.weight_grad(dy, x)
+        rows = reference.gather(x, conv.kernel, conv.stride, conv.padding, conv.dilation)
+        return reference.weight_grad(dy.permute(0, 2, 3, 1).reshape(-1, index.out), rows)
+
+
+register(ReferenceBackend())

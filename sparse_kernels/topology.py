@@ -1,0 +1,415 @@
+"""The index set of one block-sparse weight, in both orientations, rewritten in place at each regrow.
+
+A weight `[out, taps * in]` (tap-major; `taps` is 1 for linear and GRU weights, `R * S` for convolutions) is cut into
+`row_blocks x col_blocks` blocks, of which `nnzb` are active. A block keeps its *slot* in `values [nnzb, bh, bw]` for its
+whole life; the sorted index arrays carry slot ids:
+
+    crow [row_blocks + 1]   col   [nnzb]   slot   [nnzb]     by row:    block k of row r is (r, col[k]), stored in slot[k]
+    ccol [col_blocks + 1]   row_t [nnzb]   slot_t [nnzb]     by column: block k of column c is (row_t[k], c)
+
+all int32, on the weight's device. Edge blocks are padded; the padding is zero and does not count as parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .patterns import Block
+
+INDEX_TENSORS = 6
+
+
+class Deriver(Protocol):
+    """Fills a backend's own index buffers from a topology; their capacity depends on shapes and nnzb alone."""
+
+    @property
+    def name(self) -> str: ...
+    def capacity(self, topology: Topology) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]: ...
+    def fill(self, topology: Topology, buffers: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """The index arrays and scalar shape of one weight, as an op hands them to a backend. Shapes: see the module."""
+
+    crow: Tensor
+    col: Tensor
+    slot: Tensor
+    ccol: Tensor
+    row_t: Tensor
+    slot_t: Tensor
+    derived: tuple[Tensor, ...]
+    out: int
+    in_: int
+    taps: int
+    bh: int
+    bw: int
+
+    @classmethod
+    def unpack(cls, tensors: Sequence[Tensor], shape: Sequence[int]) -> WeightIndex:
+        """From the flat form that crosses the dispatcher: `[crow, col, slot, ccol, row_t, slot_t, *derived]` and
+        `[out, in, taps, bh, bw]`."""
+        return cls(*tensors[:INDEX_TENSORS], tuple(tensors[INDEX_TENSORS:]), *shape)
+
+    @property
+    def nnzb(self) -> int:
+        return self.col.shape[0]
+
+    @property
+    def pattern(self) -> Block:
+        return Block(self.bh, self.bw)
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.out // self.bh)
+
+    @property
+    def cols_per_tap(self) -> int:
+        return -(-self.in_ // self.bw)
+
+    @property
+    def col_blocks(self) -> int:
+        return self.taps * self.cols_per_tap
+
+    def coords(self) -> tuple[Tensor, Tensor]:
+        """Block row and block column of every slot: two int64 tensors `[nnzb]`, on the index's device."""
+        counts = (self.crow[1:] - self.crow[:-1]).long()
+        ids = torch.arange(self.row_blocks, device=self.crow.device)
+        sorted_rows = torch.repeat_interleave(ids, counts, output_size=self.nnzb)
+        slot = self.slot.long()
+        rows = torch.empty_like(sorted_rows).scatter_(0, slot, sorted_rows)
+        cols = torch.empty_like(sorted_rows).scatter_(0, slot, self.col.long())
+        return rows, cols
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """The dense weight `[out, taps * in]` of `values [nnzb, bh, bw]`; differentiable."""
+        rows, cols = self.coords()
+        flat = values.new_zeros(self.row_blocks * self.col_blocks, self.bh * self.bw)
+        flat = flat.index_copy(0, rows * self.col_blocks + cols, values.reshape(self.nnzb, self.bh * self.bw))
+        grid = flat.view(self.row_blocks, self.taps, self.cols_per_tap, self.bh, self.bw).permute(0, 3, 1, 2, 4)
+        padded = grid.reshape(self.row_blocks * self.bh, self.taps, self.cols_per_tap * self.bw)
+        return padded[: self.out, :, : self.in_].reshape(self.out, self.taps * self.in_)
+
+    def blocks(self, dense: Tensor) -> Tensor:
+        """All blocks of a dense `[out, taps * in]`, zero-padded: `[row_blocks * col_blocks, bh, bw]`; differentiable."""
+        weight = dense.reshape(self.out, self.taps, self.in_)
+        pad_out, pad_in = self.row_blocks * self.bh - self.out, self.cols_per_tap * self.bw - self.in_
+        weight = nn.functional.pad(weight, (0, pad_in, 0, 0, 0, pad_out))
+        grid = weight.view(self.row_blocks, self.bh, self.taps, self.cols_per_tap, self.bw).permute(0, 2, 3, 1, 4)
+        return grid.reshape(self.row_blocks * self.col_blocks, self.bh, self.bw)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The active blocks of a dense `[out, taps * in]`, by slot, padding zero: `[nnzb, bh, bw]`; differentiable."""
+        rows, cols = self.coords()
+        return self.blocks(dense).index_select(0, rows * self.col_blocks + cols)
+
+    def block_areas(self) -> tuple[Tensor, Tensor]:
+        """Real rows of each block row `[row_blocks]` and real columns of each block column `[col_blocks]`, int64."""
+        device = self.crow.device
+        heights = (self.out - torch.arange(self.row_blocks, device=device) * self.bh).clamp(max=self.bh)
+        widths = (self.in_ - torch.arange(self.cols_per_tap, device=device) * self.bw).clamp(max=self.bw)
+        return heights, widths.repeat(self.taps)
+
+
+class Topology(nn.Module):
+    """Index set of one weight `[out, taps * in]` with a fixed number of active blocks.
+
+    Every change happens in place: no buffer changes its shape or address, so compiled code and captured graphs stay
+    valid. `crow`, `col` and `slot` are saved in a state dict; the transposed view and the derived buffers are rebuilt.
+
+    Args:
+        out: output features. in_: input features (of one tap).
+        pattern: how the weight is cut.
+        rows: block rows of the active blocks, int64 `[nnzb]`, in slot order.
+        cols: block columns likewise, in `[0, taps * ceil(in / bw))`.
+        taps: kernel positions of a convolution; 1 otherwise.
+
+    Raises:
+        ValueError: where the coordinates are out of range or name a block twice.
+    """
+
+    crow: Tensor
+    col: Tensor
+    slot: Tensor
+    ccol: Tensor
+    row_t: Tensor
+    slot_t: Tensor
+
+    def __init__(self, out: int, in_: int, pattern: Block, rows: Tensor, cols: Tensor, *, taps: int = 1) -> None:
+        super().__init__()
+        if min(out, in_, taps) < 1:
+            raise ValueError(f"Topology: out, in and taps must be positive; got out={out}, in={in_}, taps={taps}.")
+        if rows.shape != cols.shape or rows.dim() != 1:
+            raise ValueError(
+                f"Topology: rows and cols must both be [nnzb]; got {list(rows.shape)} and {list(cols.shape)}."
+            )
+        self.out, self.in_, self.taps, self.pattern = out, in_, taps, pattern
+        self.bh, self.bw = pattern.bh, pattern.bw
+        self.row_blocks, self.cols_per_tap = pattern.grid(out, in_)
+        self.col_blocks = taps * self.cols_per_tap
+        self.nnzb = rows.numel()
+        self._derivers: dict[str, Deriver] = {}
+        self._derived: dict[str, list[str]] = {}
+
+        def buffer(name: str, size: int, persistent: bool) -> None:
+            tensor = torch.empty(size, dtype=torch.int32, device=rows.device)
+            self.register_buffer(name, tensor, persistent=persistent)
+
+        buffer("crow", self.row_blocks + 1, True)
+        buffer("col", self.nnzb, True)
+        buffer("slot", self.nnzb, True)
+        buffer("ccol", self.col_blocks + 1, False)
+        buffer("row_t", self.nnzb, False)
+        buffer("slot_t", self.nnzb, False)
+        self._write(rows.long(), cols.long())
+        if not self.crow.is_meta:
+            self.validate()
+
+    # Constructors
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, out: int, in_: int, pattern: Block, *, taps: int = 1) -> Topology:
+        """From a bool `mask [row_blocks, col_blocks]` of the active blocks."""
+        rows, cols = mask.nonzero(as_tuple=True)
+        return cls(out, in_, pattern, rows, cols, taps=taps)
+
+    @classmethod
+    def full(cls, out: int, in_: int, pattern: Block, *, taps: int = 1, device: torch.device | None = None) -> Topology:
+        """Every block active."""
+        row_blocks, cols_per_tap = pattern.grid(out, in_)
+        mask = torch.ones(row_blocks, taps * cols_per_tap, dtype=torch.bool, device=device)
+        return cls.from_mask(mask, out, in_, pattern, taps=taps)
+
+    @classmethod
+    def random(
+        cls,
+        out: int,
+        in_: int,
+        pattern: Block,
+        nnzb: int,
+        *,
+        taps: int = 1,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ) -> Topology:
+        """`nnzb` blocks drawn uniformly without replacement.
+
+        The draw happens on the generator's device (the CPU by default), so that a seed gives one topology everywhere.
+        """
+        row_blocks, cols_per_tap = pattern.grid(out, in_)
+        total = row_blocks * taps * cols_per_tap
+        _check_count(nnzb, total)
+        where = generator.device if generator is not None else torch.device("cpu")
+        flat = torch.randperm(total, generator=generator, device=where)[:nnzb].sort().values.to(device or "cpu")
+        col_blocks = taps * cols_per_tap
+        return cls(out, in_, pattern, flat // col_blocks, flat % col_blocks, taps=taps)
+
+    @classmethod
+    def by_magnitude(cls, dense: Tensor, in_: int, pattern: Block, nnzb: int, *, taps: int = 1) -> Topology:
+        """The `nnzb` blocks of `dense [out, taps * in]` with the largest norm (RMS over real elements); ties go to
+        the lower index."""
+        out = dense.shape[0]
+        whole = cls.full(out, in_, pattern, taps=taps, device=dense.device)
+        _check_count(nnzb, whole.nnzb)
+        rms = whole.block_rms(whole.gather(dense.detach().float()))
+        flat = rms.sort(descending=True, stable=True).indices[:nnzb].sort().values
+        return cls(out, in_, pattern, flat // whole.col_blocks, flat % whole.col_blocks, taps=taps)
+
+    # Sizes
+
+    @property
+    def shape(self) -> list[int]:
+        """`[out, in, taps, bh, bw]`: the scalars that cross the dispatcher beside `index()`."""
+        return [self.out, self.in_, self.taps, self.bh, self.bw]
+
+    @property
+    def numel(self) -> int:
+        """Real elements of the dense weight."""
+        return self.out * self.taps * self.in_
+
+    @property
+    def nnz(self) -> int:
+        """Real elements of the active blocks, padding left out."""
+        if self.out % self.bh == 0 and self.in_ % self.bw == 0:
+            return self.nnzb * self.bh * self.bw
+        heights, widths = self.weight_index().block_areas()
+        rows, cols = self.coords()
+        return int((heights[rows] * widths[cols]).sum())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weight's real elements that is present."""
+        return self.nnz / self.numel
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weight's real elements that is absent."""
+        return 1.0 - self.density
+
+    # Views
+
+    def weight_index(self, backend: str | None = None) -> WeightIndex:
+        """The index as the object that backends take."""
+        return WeightIndex.unpack(self.index(backend), self.shape)
+
+    def index(self, backend: str | None = None) -> list[Tensor]:
+        """`[crow, col, slot, ccol, row_t, slot_t]` and then the buffers derived for `backend`, if it has any here."""
+        derived = [getattr(self, name) for name in self._derived.get(backend, ())] if backend is not None else []
+        return [self.crow, self.col, self.slot, self.ccol, self.row_t, self.slot_t, *derived]
+
+    def coords(self) -> tuple[Tensor, Tensor]:
+        """Block row and block column of every slot: two int64 tensors `[nnzb]`."""
+        return self.weight_index().coords()
+
+    def mask(self) -> Tensor:
+        """Which blocks are active: bool `[row_blocks, col_blocks]`."""
+        rows, cols = self.coords()
+        mask = torch.zeros(self.row_blocks, self.col_blocks, dtype=torch.bool, device=rows.device)
+        mask[rows, cols] = True
+        return mask
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """The dense weight `[out, taps * in]` of `values [nnzb, bh, bw]`; differentiable."""
+        return self.weight_index().scatter(values)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The active blocks `[nnzb, bh, bw]` of a dense `[out, taps * in]`, padding zero; differentiable."""
+        return self.weight_index().gather(dense)
+
+    def block_rms(self, values: Tensor) -> Tensor:
+        """Root mean square over the real elements of each active block: `[nnzb]`, by slot."""
+        heights, widths = self.weight_index().block_areas()
+        rows, cols = self.coords()
+        return (values.detach().square().sum(dim=(1, 2)) / (heights[rows] * widths[cols])).sqrt()
+
+    # Changes, in place
+
+    def rewrite(self, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
+        """Moves the blocks in `slots` to new coordinates; every other block keeps its slot and place.
+
+        Args:
+            slots: distinct slot ids, int64 `[k]`. rows: their new block rows, int64 `[k]`. cols: block columns `[k]`.
+        """
+        old_rows, old_cols = self.coords()
+        self._write(old_rows.index_copy(0, slots, rows), old_cols.index_copy(0, slots, cols))
+
+    def attach(self, deriver: Deriver) -> None:
+        """Registers a backend's derived buffers (non-persistent, fixed capacity) and fills them; idempotent."""
+        if deriver.name in self._derivers:
+            return
+        names = []
+        for buffer, (shape, dtype) in deriver.capacity(self).items():
+            name = f"{deriver.name}_{buffer}"
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=self.crow.device), persistent=False)
+            names.append(name)
+        self._derivers[deriver.name] = deriver
+        self._derived[deriver.name] = names
+        self._fill(deriver)
+
+    def refresh(self) -> None:
+        """Rebuilds the transposed view and every derived buffer from `crow`, `col`, `slot` (regrow, load, move)."""
+        if self.crow.is_meta:
+            return
+        rows, cols = self.coords()
+        keys, order = (cols * self.row_blocks + rows).sort()
+        self.ccol.copy_(_pointers(keys, self.col_blocks, self.row_blocks))
+        self.row_t.copy_(rows[order])
+        self.slot_t.copy_(order)
+        for deriver in self._derivers.values():
+            self._fill(deriver)
+
+    def _write(self, rows: Tensor, cols: Tensor) -> None:
+        """Writes both views for the coordinates `rows`, `cols` given in slot order."""
+        if self.crow.is_meta:
+            return
+        keys, order = (rows * self.col_blocks + cols).sort()
+        self.crow.copy_(_pointers(keys, self.row_blocks, self.col_blocks))
+        self.col.copy_(cols[order])
+        self.slot.copy_(order)
+        self.refresh()
+
+    def _fill(self, deriver: Deriver) -> None:
+        prefix = len(deriver.name) + 1
+        deriver.fill(self, {name[prefix:]: getattr(self, name) for name in self._derived[deriver.name]})
+
+    # Validation, loading, moving
+
+    def validate(self) -> None:
+        """Checks every invariant of the index set.
+
+        Raises:
+            ValueError: naming the array and what is wrong with it.
+        """
+        error = _why_invalid(self.crow, self.col, self.slot, self.row_blocks, self.col_blocks)
+        if error is None:
+            rows, cols = self.coords()
+            keys, order = (cols * self.row_blocks + rows).sort()
+            same = (
+                torch.equal(self.ccol.long(), _pointers(keys, self.col_blocks, self.row_blocks))
+                and torch.equal(self.row_t.long(), rows[order])
+                and torch.equal(self.slot_t.long(), order)
+            )
+            error = None if same else "the transposed view (ccol, row_t, slot_t) is not the same set of blocks"
+        if error is not None:
+            raise ValueError(f"Topology [{self.out}, {self.taps}x{self.in_}] {self.pattern}: {error}.")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # A broken index must not reach a kernel: it is refused before anything is copied.
+        error_msgs: list[str] = args[-1]
+        given = [state_dict.get(prefix + name) for name in ("crow", "col", "slot")]
+        crow, col, slot = given
+        if crow is not None and col is not None and slot is not None:
+            shapes_fit = crow.shape == self.crow.shape and col.shape == self.col.shape and slot.shape == self.slot.shape
+            if shapes_fit:
+                error = _why_invalid(crow, col, slot, self.row_blocks, self.col_blocks)
+                if error is not None:
+                    error_msgs.append(f"{prefix[:-1]}: {error}")
+                    return
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        if crow is not None:
+            self.refresh()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Topology:
+        before = self.crow.data_ptr() if not self.crow.is_meta else 0
+        super()._apply(fn, recurse)
+        if not self.crow.is_meta and self.crow.data_ptr() != before:
+            self.refresh()
+        return self
+
+    def extra_repr(self) -> str:
+        taps = f"{self.taps} taps, " if self.taps > 1 else ""
+        return f"{self.out}x{self.in_}, {taps}{self.pattern}, nnzb={self.nnzb} of {self.row_blocks * self.col_blocks}"
+
+
+def _check_count(nnzb: int, total: int) -> None:
+    if not 0 <= nnzb <= total:
+        raise ValueError(f"Topology: nnzb must lie in 0..{total} (the number of blocks); got {nnzb}.")
+
+
+def _pointers(keys: Tensor, count: int, width: int) -> Tensor:
+    """Where each of `count` runs of `width` consecutive key values starts in the sorted `keys`: `[count + 1]`."""
+    return torch.searchsorted(keys, torch.arange(count + 1, device=keys.device) * width)
+
+
+def _why_invalid(crow: Tensor, col: Tensor, slot: Tensor, row_blocks: int, col_blocks: int) -> str | None:
+    nnzb = col.numel()
+    crow, col, slot = crow.long(), col.long(), slot.long()
+    counts = crow[1:] - crow[:-1]
+    if int(crow[0]) != 0 or int(crow[-1]) != nnzb or bool((counts < 0).any()):
+        return f"crow must rise from 0 to nnzb={nnzb}; got {int(crow[0])} … {int(crow[-1])}, lowest step {int(counts.min())}"
+    if nnzb == 0:
+        return None
+    if int(col.min()) < 0 or int(col.max()) >= col_blocks:
+        return f"col must lie in 0..{col_blocks - 1}; got {int(col.min())}..{int(col.max())}"
+    rows = torch.repeat_interleave(torch.arange(row_blocks, device=col.device), counts)
+    keys = rows * col_blocks + col
+    if bool((keys[1:] <= keys[:-1]).any()):
+        return "col must be sorted and unique within each row"
+    if not torch.equal(slot.sort().values, torch.arange(nnzb, device=slot.device)):
+        return f"slot must be a permutation of 0..{nnzb - 1}"
+    return None
