@@ -1,0 +1,43 @@
+// CPU dispatch and the machine's measured peak.
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+#include "cpu/dispatch.h"
+
+namespace sk {
+
+void bind_cpu(py::module_& m) {
+    if (const char* error = dispatch_error()) throw std::runtime_error(error);
+
+    m.def("isa_name", [] { return isa_name(); }, "The instruction set in use: 'avx512', 'avx2' or 'portable'.");
+    m.def(
+        "isa_names",
+        [] {
+            py::list names;
+            for (Isa isa : kIsas)
+                if (isa_supported(isa)) names.append(isa_name(isa));
+            return names;
+        },
+        "The instruction sets that this build has and this CPU runs, best first.");
+    m.def(
+        "set_isa",
+        [](const std::string& name) {
+            if (set_isa(name.c_str()) != kOk)
+                throw std::invalid_argument("set_isa: this CPU or build has no instruction set '" + name +
+                                            "'; see isa_names()");
+        },
+        py::arg("name"), "Use another instruction set from now on, for tests and benchmarks.");
+    m.def(
+        "peak_fma_gflops",
+        [](double seconds, int64_t threads) {
+            double gflops = 0;
+            if (peak_fma_gflops(seconds, threads, &gflops) != kOk)
+                throw std::invalid_argument("peak_fma_gflops: seconds and threads must be positive");
+            return gflops;
+        },
+        py::arg("seconds") = 0.1, py::arg("threads") = 1, no_gil(),
+        "Measured fp32 multiply-add rate of `threads` threads in GFLOP/s, the instruction set as in isa_name().");
+}
+
+}  // namespace sk
