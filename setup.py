@@ -1,15 +1,18 @@
 """Builds csrc/ into sparse_kernels/_C with ninja; metadata is in pyproject.toml.
 
 Needs a C++17 compiler, pybind11 and ninja: no torch, no GPU, no network. Each file of csrc/cpu/kernels is compiled once
-per instruction set (see csrc/cpu/dispatch.h); everything else is compiled for the baseline CPU.
+per instruction set (see csrc/cpu/dispatch.h), csrc/cuda by nvcc, everything else for the baseline CPU.
 
 Environment:
-    CXX                    the compiler (default: g++, else clang++)
-    SPARSE_KERNELS_FLAGS   extra flags for compiling and linking, e.g. "-g -fsanitize=address"
+    SPARSE_KERNELS_CUDA    auto (default): CUDA kernels where nvcc is found; on: nvcc must be there; off
+    SPARSE_KERNELS_ARCHS   compute capabilities, e.g. "80;90a"; default: all that the kernels know and nvcc still builds
+    SPARSE_KERNELS_FLAGS   extra compiler and linker flags, e.g. "-g -fsanitize=address"
+    CXX, CUDA_HOME         the C++ compiler (default: g++, else clang++) and the toolkit (default: the nvcc on PATH)
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,86 +23,100 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = "-mavx2 -mfma -mbmi2"
 ISAS = {"portable": ""}
-if X86:
+if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl"}
 
-RULES = """\
-rule cxx
-  command = $cxx $flags $isa -MMD -MF $out.d -c $in -o $out
-  description = compile $out
+RULES = """
+rule compile
+  command = $tool $more -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx $in -o $out $ldflags
-  description = link $out
+  command = $tool $in -o $out $more
 """
 
 
-def fail(message: str) -> None:
-    raise SystemExit(f"sparse_kernels: {message}")
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input="", capture_output=True, text=True, check=False)
 
 
-def compiler() -> str:
-    """The C++ compiler: $CXX, else g++, else clang++."""
+def find_cxx() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
         if shutil.which(name.split()[0]):
             return name
-    fail("no C++ compiler found; install g++ (Debian: apt install g++) or set CXX.")
-    raise AssertionError
+    sys.exit("no C++ compiler found; install g++ (Debian: apt install g++) or set CXX.")
 
 
-def supports(cxx: str, flag: str) -> bool:
-    """Whether `cxx` compiles an empty file with `flag` (Apple's clang has no OpenMP)."""
-    command = [*cxx.split(), flag, "-x", "c++", "-fsyntax-only", "-"]
-    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+def find_nvcc() -> str | None:
+    wanted, home = os.environ.get("SPARSE_KERNELS_CUDA", "auto"), os.environ.get("CUDA_HOME")
+    if wanted not in ("auto", "on", "off"):
+        sys.exit(f"SPARSE_KERNELS_CUDA must be auto, on or off; got {wanted!r}.")
+    nvcc = (
+        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    )
+    if wanted == "on" and not nvcc:
+        sys.exit("SPARSE_KERNELS_CUDA=on, but there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit.")
+    return None if wanted == "off" else nvcc
 
 
-def escape(path: object) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+def cuda_flags(nvcc: str, host_flags: str) -> tuple[str, str]:
+    """The flags of nvcc, and those that link the static runtime (it opens the driver, if any, on first use)."""
+    dryrun = run(nvcc, "--dryrun", "x.cu").stderr
+    version, libraries = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", dryrun), re.search(r"LIBRARIES=(.*)", dryrun)
+    if not version or not libraries:
+        sys.exit(f"{nvcc} --dryrun fails; repair the CUDA toolkit or set SPARSE_KERNELS_CUDA=off:\n{dryrun}")
+    default = "70;80;90a" if int(version[1]) < 13 else "75;80;90a"  # CUDA 13 dropped sm_70
+    archs = os.environ.get("SPARSE_KERNELS_ARCHS") or default
+    if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", archs):
+        sys.exit(f"SPARSE_KERNELS_ARCHS must look like '80;90a'; got {archs!r}.")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
+    # PTX of the newest portable capability, for GPUs that are newer than this build.
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs.split(";") if a.isdigit()][-1:]
+    host = " ".join(f"-Xcompiler={flag}" for flag in host_flags.split())
+    return f"-std=c++17 -O3 -cudart=static {' '.join(codes)} {host}", f"{libraries[1]} -lcudart_static -ldl -lrt"
 
 
 def manifest(target: Path) -> str:
     """The build.ninja that makes `target`."""
     import pybind11
 
-    cxx, extra = compiler(), os.environ.get("SPARSE_KERNELS_FLAGS", "")
-    openmp = "-fopenmp" if supports(cxx, "-fopenmp") else "-Wno-unknown-pragmas"
+    cxx, nvcc, extra = find_cxx(), find_nvcc(), os.environ.get("SPARSE_KERNELS_FLAGS", "")
+    openmp = "-fopenmp" if run(*cxx.split(), "-fopenmp", "-xc++", "-fsyntax-only", "-").returncode == 0 else ""
     includes = " ".join(f"-isystem '{d}'" for d in (sysconfig.get_path("include"), pybind11.get_include()))
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-    flags = "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra"
-    lines = [
-        f"cxx = {cxx}",
-        f"flags = {flags} {openmp} -I'{ROOT / 'csrc'}' {includes} {extra}",
-        f"ldflags = {shared} {openmp} {extra}",
-        RULES,
-    ]
-    objects = []
+    host = f"-fPIC -fvisibility=hidden -Wall -Wextra {openmp or '-Wno-unknown-pragmas'} {extra}"
+    nvflags, cudalibs = cuda_flags(nvcc, host) if nvcc else ("", "")
+    edges = []  # (object, rule, source, further flags)
     for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
-        objects.append(f"{source.relative_to(ROOT / 'csrc').with_suffix('.o')}")
-        lines.append(f"build {objects[-1]}: cxx {escape(source)}")
+        cuda = "-DSK_CUDA" if nvcc and source.stem == "bind_cuda" else ""
+        edges.append((f"{source.parent.name}/{source.stem}.o", "cxx", source, cuda))
     for source in sorted(ROOT.glob("csrc/cpu/kernels/*.cpp")):
-        for isa, isa_flags in ISAS.items():
-            objects.append(f"cpu/{isa}/{source.stem}.o")
-            lines += [f"build {objects[-1]}: cxx {escape(source)}", f"  isa = -DSK_ISA={isa} {isa_flags}"]
-    lines += [f"build {escape(target)}: link {' '.join(objects)}", f"default {escape(target)}", ""]
+        edges += [(f"{isa}/{source.stem}.o", "cxx", source, f"-DSK_ISA={isa} {m}") for isa, m in ISAS.items()]
+    for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []:
+        edges.append((f"cuda/{source.stem}.o", "nvcc", source, ""))
+    flags = f"-std=c++17 -O3 -ffp-contract=fast -fno-math-errno {host} -I'{ROOT / 'csrc'}' {includes}"
+    lines = [f"cxx = {cxx} {flags}", f"nvcc = {nvcc} -ccbin '{cxx}' -I'{ROOT / 'csrc'}' {nvflags}", RULES]
+    escape = {ord(c): f"${c}" for c in "$ :"}
+    for built, tool, source, more in edges:
+        lines += [f"build {built}: compile {str(source).translate(escape)}\n  tool = ${tool}\n  more = {more}"]
+    lines += [f"build {str(target).translate(escape)}: link {' '.join(edge[0] for edge in edges)}\n  tool = {cxx}"]
+    lines += [f"  more = {shared} {openmp} {cudalibs} {extra}\n"]
     return "\n".join(lines)
 
 
 class NinjaBuild(build_ext):
-    """Writes build/native-<python and platform>/build.ninja and runs it; a second run compiles only what changed."""
+    """Writes build/native-<python and platform>/build.ninja and runs it: a second run compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(manifest(target))
-        ninja = shutil.which("ninja") or fail("ninja is missing; pip install ninja.")
-        if subprocess.run([str(ninja), "-C", str(folder)], check=False).returncode:
-            fail("compiling the native code failed; the compiler's message is above.")
+        if subprocess.run(["ninja", "-C", str(folder)], check=False).returncode:
+            sys.exit("compiling the native code failed; the compiler's message is above.")
 
 
 setup(ext_modules=[Extension("sparse_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -12,8 +12,9 @@ namespace sk {
 
 enum Status : int {
     kOk = 0,
-    kUnsupported = 1,  // this build or this device has no kernel for the arguments
-    kInvalid = 2,      // an argument breaks the launcher's contract
+    kUnsupported = 1,   // this build or this device has no kernel for the arguments
+    kInvalid = 2,       // an argument breaks the launcher's contract
+    kCudaError = 1000,  // plus a cudaError_t: what the CUDA runtime returned
 };
 
 // The index set of one weight [out, in] cut into blocks [bh, bw]: nnzb active blocks, seen from both orientations.
@@ -33,5 +34,20 @@ const char* isa_name();
 // The fp32 rate in GFLOP/s (a multiply-add counts two) that `threads` threads reach on independent register-resident
 // multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
 int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
+
+// ---- CUDA (only in builds with SK_CUDA)
+// ------------------------------------------------------------------------------
+
+struct CudaDeviceInfo {
+    char name[256];
+    int64_t capability_major, capability_minor;
+    int64_t multiprocessors, shared_bytes_per_block, l2_bytes, memory_bytes;
+};
+
+int cuda_device_count(int64_t* count);
+int cuda_device_info(int64_t device, CudaDeviceInfo* info);
+
+// The CUDA runtime's words for a status above kCudaError.
+const char* cuda_error_string(int status);
 
 }  // namespace sk
