@@ -38,7 +38,8 @@ SK_INLINE vint load(const int32_t* p) { return *reinterpret_cast<const vint_u*>(
 SK_INLINE void store(int32_t* p, vint v) { *reinterpret_cast<vint_u*>(p) = v; }
 
 SK_INLINE vfloat zero() { return vfloat{}; }
-SK_INLINE vfloat broadcast(float x) { return vfloat{} + x; }
+// x - 0 is x for every x, so this is one broadcast; 0 + x is not (x = -0) and costs an addition.
+SK_INLINE vfloat broadcast(float x) { return x - vfloat{}; }
 SK_INLINE vint broadcast(int32_t x) { return vint{} + x; }
 
 SK_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return a * b + c; }
