@@ -75,7 +75,7 @@ class Block(Pattern):
         return "unstructured" if self.area == 1 else f"block:{self.bh}x{self.bw}"
 
 
-def Unstructured() -> Block:  # noqa: N802 (reads as a pattern's constructor)
+def Unstructured() -> Block:
     """Every weight on its own: `Block(1, 1)`."""
     return Block(1, 1)
 

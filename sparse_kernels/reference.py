@@ -49,19 +49,67 @@ def weight_grad(dy: Tensor, x: Tensor) -> Tensor:
     return dy.T @ x
 
 
-def gru_step(gates_x: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None) -> Tensor:
+def gru_step(
+    gates_x: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One step of a GRU with gates (r, z, n), as `torch.nn.GRU` defines them.
 
     Source: torch.nn.GRU; Cho et al. 2014, in cuDNN's form (the reset gate multiplies after the product).
 
     Args:
         gates_x: input projection with its bias, `[B, 3H]`. h: previous state `[B, H]`. weight_hh: `[3H, H]`.
+
+    Returns:
+        The new state, then r, z, n and the recurrent part `q` of n before r multiplies it: all `[B, H]`.
     """
     xr, xz, xn = gates_x.chunk(3, dim=1)
-    hr, hz, hn = linear(h, weight_hh, bias_hh).chunk(3, dim=1)
+    hr, hz, q = linear(h, weight_hh, bias_hh).chunk(3, dim=1)
     r, z = torch.sigmoid(xr + hr), torch.sigmoid(xz + hz)
-    n = torch.tanh(xn + r * hn)
-    return (1 - z) * n + z * h
+    n = torch.tanh(xn + r * q)
+    return (1 - z) * n + z * h, r, z, n, q
+
+
+def gru_step_grad(dh: Tensor, h: Tensor, r: Tensor, z: Tensor, n: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `gru_step` in its pre-activations.
+
+    Args:
+        dh: gradient of the new state `[B, H]`. h: the previous state. r, z, n, q: as `gru_step` returned them.
+
+    Returns:
+        Gradients of `gates_x [B, 3H]`, of the recurrent product `[B, 3H]`, and the direct path to `h [B, H]`.
+    """
+    dn = dh * (1 - z) * (1 - n * n)
+    dz = dh * (h - n) * z * (1 - z)
+    dr = dn * q * r * (1 - r)
+    return torch.cat([dr, dz, dn], dim=1), torch.cat([dr, dz, dn * r], dim=1), dh * z
+
+
+def _live(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Which steps of `x [B, T, F]` lie inside their sequence: bool `[B, T]`."""
+    batch, steps, _ = x.shape
+    if lengths is None:
+        return x.new_ones(batch, steps, dtype=torch.bool)
+    return torch.arange(steps, device=x.device)[None, :] < lengths[:, None]
+
+
+def _direction(
+    x: Tensor, h0: Tensor, live: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], direction: int
+) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor]:
+    """One direction of `gru`: states `[B, T, H]`, per step what its gradient needs (h, r, z, n, q), final `[B, H]`."""
+    batch, steps, _ = x.shape
+    weight_ih, weight_hh = weights[2 * direction : 2 * direction + 2]
+    bias_ih, bias_hh = biases[2 * direction : 2 * direction + 2] if biases else (None, None)
+    gates_x = linear(x.reshape(batch * steps, -1), weight_ih, bias_ih).view(batch, steps, -1)
+    h = h0[direction]
+    states = x.new_zeros(batch, steps, h.shape[1])
+    saved: list[tuple[Tensor, ...]] = [()] * steps
+    for t in reversed(range(steps)) if direction else range(steps):
+        here = live[:, t, None]
+        new, *gates = gru_step(gates_x[:, t], h, weight_hh, bias_hh)
+        saved[t] = (h, *gates)
+        h = torch.where(here, new, h)
+        states[:, t] = torch.where(here, h, 0.0)
+    return states, saved, h
 
 
 def gru(
@@ -77,25 +125,50 @@ def gru(
     Returns:
         `y [B, T, D·H]`, zero past each length, and `h_n [D, B, H]`.
     """
-    batch, steps, _ = x.shape
-    if lengths is None:
-        lengths = torch.full((batch,), steps, device=x.device)
-    inside = torch.arange(steps, device=x.device)[None, :] < lengths[:, None]  # [B, T]
-    x = torch.where(inside[..., None], x, x.new_zeros(()))
-    outputs, finals = [], []
+    live = _live(x, lengths)
+    x = torch.where(live[..., None], x, 0.0)
+    runs = [_direction(x, h0, live, weights, biases, direction) for direction in range(h0.shape[0])]
+    return torch.cat([states for states, _, _ in runs], dim=2), torch.stack([final for _, _, final in runs])
+
+
+def gru_grad(
+    dy: Tensor,
+    dh_n: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    lengths: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Backpropagation through time of `gru`; nothing is saved, the forward runs again.
+
+    Returns:
+        Gradients of x, h0, each weight and each bias, in the shapes of `gru`'s arguments; zero past each length.
+    """
+    steps = x.shape[1]
+    live = _live(x, lengths)
+    x = torch.where(live[..., None], x, 0.0)
+    dx, dh0 = torch.zeros_like(x), torch.zeros_like(h0)
+    weight_grads = [torch.zeros_like(w) for w in weights]
+    bias_grads = [torch.zeros_like(b) for b in biases]
     for direction in range(h0.shape[0]):
-        weight_ih, weight_hh = weights[2 * direction : 2 * direction + 2]
-        bias_ih, bias_hh = biases[2 * direction : 2 * direction + 2] if biases else (None, None)
-        gates_x = linear(x.reshape(batch * steps, -1), weight_ih, bias_ih).view(batch, steps, -1)
-        h = h0[direction]
-        states: list[Tensor] = [h] * steps
-        for t in reversed(range(steps)) if direction else range(steps):
-            live = inside[:, t, None]
-            h = torch.where(live, gru_step(gates_x[:, t], h, weight_hh, bias_hh), h)
-            states[t] = torch.where(live, h, torch.zeros_like(h))
-        outputs.append(torch.stack(states, dim=1) if steps else x.new_zeros(batch, 0, h.shape[1]))
-        finals.append(h)
-    return torch.cat(outputs, dim=2), torch.stack(finals)
+        _, saved, _ = _direction(x, h0, live, weights, biases, direction)
+        ih, hh = 2 * direction, 2 * direction + 1
+        dy_here = dy.chunk(h0.shape[0], dim=2)[direction]
+        dh = dh_n[direction]
+        for t in range(steps) if direction else reversed(range(steps)):
+            here = live[:, t, None]
+            through = torch.where(here, dh + dy_here[:, t], 0.0)
+            d_input, d_recurrent, direct = gru_step_grad(through, *saved[t])
+            weight_grads[ih] += weight_grad(d_input, x[:, t])
+            weight_grads[hh] += weight_grad(d_recurrent, saved[t][0])
+            if biases:
+                bias_grads[ih] += d_input.sum(0)
+                bias_grads[hh] += d_recurrent.sum(0)
+            dx[:, t] += d_input @ weights[ih]
+            dh = torch.where(here, direct + d_recurrent @ weights[hh], dh)
+        dh0[direction] = dh
+    return dx, dh0, weight_grads, bias_grads
 
 
 def block_scores(blocks: Tensor) -> Tensor:

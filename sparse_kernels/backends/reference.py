@@ -17,12 +17,18 @@ from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last for an NCHW tensor whose channels are its fastest dimension, else contiguous.
+    """channels_last for an `[N, C, H, W]` tensor whose strides rise in the order C, W, H, N; else contiguous.
 
-    It looks at strides only where they are meaningful (size above 1), so that C=1 or H=W=1 answer alike everywhere.
+    Only strides and sizes are looked at, as torch's own convolutions do, so that C=1 and H=W=1 keep their format.
     """
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    lowest = 0
+    for dim in (1, 3, 2, 0):
+        stride, size = x.stride(dim), x.shape[dim]
+        # N at the stride of C means that the strides do not tell the formats apart: contiguous.
+        if size == 0 or stride < lowest or (dim == 0 and lowest == x.stride(1)):
+            return torch.contiguous_format
+        lowest = stride * max(size, 1)
+    return torch.channels_last
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
@@ -68,16 +74,13 @@ class DenseWeightBackend(Backend):
         y: Tensor,
         reserve: Tensor,
         want_scores: Sequence[bool],
+        need_dx: bool,
     ) -> GruGrads:
-        # Nothing was saved: the forward is run again under autograd.
-        with torch.enable_grad():
-            dense = [_dense(w, x.dtype).detach().requires_grad_() for w in weights]
-            small = [b.detach().to(x.dtype).requires_grad_() for b in biases]
-            leaves = [x.detach().requires_grad_(), h0.detach().requires_grad_(), *dense, *small]
-            outputs = reference.gru(leaves[0], leaves[1], lengths, dense, small)
-            grads = torch.autograd.grad(outputs, leaves, (dy, dh_n), materialize_grads=True)
+        dense = [_dense(w, x.dtype) for w in weights]
+        small = [b.to(x.dtype) for b in biases]
+        dx, dh0, dense_grads, bias_grads = reference.gru_grad(dy, dh_n, x, h0, lengths, dense, small)
         dtype = score_dtype(x)
-        dense_grads = [g.to(dtype) for g in grads[2 : 2 + len(dense)]]
+        dense_grads = [g.to(dtype) for g in dense_grads]
         scores: list[Tensor | None] = []
         for weight, grad, wanted in zip(weights, dense_grads, want_scores, strict=True):
             index = weight.index
@@ -86,8 +89,7 @@ class DenseWeightBackend(Backend):
                 continue
             scores.append(reference.block_scores(index.blocks(grad)).view(index.row_blocks, index.col_blocks))
         weight_grads = [g if w.index is None else w.index.gather(g) for w, g in zip(weights, dense_grads, strict=True)]
-        bias_grads = [g.to(dtype) for g in grads[2 + len(dense) :]]
-        return GruGrads(grads[0], grads[1], weight_grads, bias_grads, scores)
+        return GruGrads(dx, dh0, weight_grads, [g.to(dtype) for g in bias_grads], scores)
 
     def gru_reserve_shape(self, batch: int, steps: int, hidden: int, directions: int) -> list[int]:
         return [0]

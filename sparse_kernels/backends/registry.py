@@ -7,6 +7,7 @@ then on. All tensors that reach a primitive have been checked by the op above it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -145,8 +146,10 @@ class Backend:
         y: Tensor,
         reserve: Tensor,
         want_scores: Sequence[bool],
+        need_dx: bool,
     ) -> GruGrads:
-        """Gradients of `gru_forward`; `want_scores[k]` asks for the block scores of weight k."""
+        """Gradients of `gru_forward`; `want_scores[k]` asks for the block scores of weight k. Without `need_dx` the
+        input's gradient may be left out (`GruGrads.x` of no elements)."""
         raise self._missing("gru_backward")
 
     def gru_reserve_shape(self, batch: int, steps: int, hidden: int, directions: int) -> list[int]:
@@ -163,6 +166,7 @@ _BACKENDS: dict[str, Backend] = {}
 def register(backend: Backend) -> Backend:
     """Makes a backend known under its name."""
     _BACKENDS[backend.name] = backend
+    require.cache_clear()
     return backend
 
 
@@ -189,6 +193,7 @@ def why_not(name: str, op: str, *, pattern: Block, dtype: torch.dtype, device: t
     return backend.why_unavailable() or backend.why_unsupported(op, pattern=pattern, dtype=dtype, device=device)
 
 
+@functools.cache
 def require(name: str, op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device) -> Backend:
     """The backend of that name, or an error with its reason: never another one in its place.
 

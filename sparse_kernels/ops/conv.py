@@ -1,0 +1,213 @@
+"""`conv2d`: a convolution with a block-CSR weight `[out, R·S·in]`, tap-major, and its gradients.
+
+With `gather` the rows that each output position multiplies, it is `linear` on gathered rows:
+
+    Y = gather(X) · Wᵀ + b          dX = scatter(dY · W)          dW[b] = dYᵀ · gather(X) at the active blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import registry
+from ..backends.reference import memory_format
+from ..backends.registry import ConvGeometry
+from ..patterns import Block
+from ..topology import Topology, WeightIndex
+from .common import (
+    NAMESPACE,
+    check_bias,
+    check_tap,
+    check_values,
+    empty,
+    optional,
+    register_autocast,
+    score_dtype,
+)
+
+
+def _geometry(flat: Sequence[int]) -> ConvGeometry:
+    r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = flat
+    return ConvGeometry((r, s), (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w))
+
+
+def _flatten(conv: ConvGeometry) -> list[int]:
+    return [*conv.kernel, *conv.stride, *conv.padding, *conv.dilation]
+
+
+def _backend(name: str, x: Tensor, shape: Sequence[int]) -> registry.Backend:
+    return registry.require(name, "conv", pattern=Block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
+
+
+def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor of `shape` in the memory format of `x`."""
+    return torch.empty(list(shape), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _in_format(y: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """`y` with exactly the strides that the fake kernel promises for an input like `like`."""
+    expected = _like(like, shape)
+    return y if y.stride() == expected.stride() else expected.copy_(y)
+
+
+def _output_shape(x: Tensor, shape: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    return [x.shape[0], shape[0], *_geometry(geometry).output_size(x.shape[2], x.shape[3])]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d", mutates_args=())
+def _conv2d(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    score_tap: Tensor | None,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    backend: str,
+) -> Tensor:
+    run = _backend(backend, x, shape)
+    y = run.spmm(x, values, WeightIndex.unpack(index, shape), bias, _geometry(geometry))
+    return _in_format(y, x, _output_shape(x, shape, geometry))
+
+
+@_conv2d.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bias: Any,
+    score_tap: Any,
+    index: Any,
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    backend: str,
+) -> Tensor:
+    return _like(x, _output_shape(x, shape, geometry))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d_backward", mutates_args=())
+def _conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _backend(backend, x, shape)
+    where, conv = WeightIndex.unpack(index, shape), _geometry(geometry)
+    dy = dy.to(x.dtype)
+    dtype = score_dtype(x)
+    need_x, need_values, need_bias, need_scores = needs
+    dx = _in_format(run.spmm_t(dy, values, where, conv, x), x, x.shape) if need_x else empty(x, False, [])
+    dvalues = run.sddmm(dy, x, where, conv) if need_values else empty(x, False, [], dtype)
+    dbias = dy.sum((0, 2, 3), dtype=dtype) if need_bias else empty(x, False, [], dtype)
+    scores = run.block_scores(dy, x, where, conv) if need_scores else empty(x, False, [], dtype)
+    return dx, dvalues, dbias, scores
+
+
+@_conv2d_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Any,
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = score_dtype(x)
+    rows, cols_per_tap = Block(shape[3], shape[4]).grid(shape[0], shape[1])
+    return (
+        _like(x, x.shape) if needs[0] else x.new_empty([0]),
+        empty(x, needs[1], list(values.shape), dtype),
+        empty(x, needs[2], [shape[0]], dtype),
+        empty(x, needs[3], [rows, shape[2] * cols_per_tap], dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bias, score_tap, index, shape, geometry, backend = inputs
+    ctx.save_for_backward(x, values, *index)
+    ctx.shape, ctx.geometry, ctx.backend = shape, geometry, backend
+    ctx.dtypes = (
+        values.dtype,
+        bias.dtype if bias is not None else None,
+        score_tap.dtype if score_tap is not None else None,
+    )
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *index = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    grads = _conv2d_backward(dy, x, values, index, ctx.shape, ctx.geometry, needs, ctx.backend)
+    dx, dvalues, dbias, scores = grads
+    values_dtype, bias_dtype, tap_dtype = ctx.dtypes
+    return (
+        optional(dx, needs[0]),
+        optional(dvalues.to(values_dtype), needs[1]),
+        optional(dbias.to(bias_dtype), needs[2]),
+        optional(scores.to(tap_dtype), needs[3]),
+        [None] * len(index),
+        None,
+        None,
+        None,
+    )
+
+
+_conv2d.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(
+    _conv2d, "conv2d", "conv", lambda x, values, bias, tap, index, shape, geometry, backend: Block(shape[3], shape[4])
+)
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None = None,
+    *,
+    conv: ConvGeometry,
+    score_tap: Tensor | None = None,
+    backend: str,
+) -> Tensor:
+    """Sparse 2-D convolution; equivalent to `F.conv2d` with the scattered weight.
+
+    `topology.scatter(values).view(out, R, S, in).permute(0, 3, 1, 2)` is that weight. A 1-D convolution is one of
+    height 1.
+
+    Args:
+        x: `[N, in, H, W]`, floating point, any strides. values: `[nnzb, bh, bw]` contiguous.
+        topology: the index set of the weight, `taps = R · S`. bias: `[out]` or None.
+        conv: kernel, stride, padding and dilation. score_tap, backend: as for `linear`.
+
+    Returns:
+        `[N, out, H', W']` in the memory format of `x` (channels_last in, channels_last out).
+
+    Raises:
+        ValueError: shapes or devices that do not match. TypeError: not floating point.
+        RuntimeError: the backend cannot run this.
+    """
+    check_values("conv2d", x, values, topology)
+    if x.dim() != 4 or x.shape[1] != topology.in_:
+        raise ValueError(
+            f"conv2d: x must be [N, {topology.in_}, H, W] to match weight "
+            f"[{topology.out}, {topology.in_}, {conv.kernel[0]}, {conv.kernel[1]}]; got {list(x.shape)}."
+        )
+    if conv.kernel[0] * conv.kernel[1] != topology.taps:
+        raise ValueError(
+            f"conv2d: a {conv.kernel[0]}x{conv.kernel[1]} kernel needs a topology of "
+            f"{conv.kernel[0] * conv.kernel[1]} taps; got {topology.taps}."
+        )
+    height, width = conv.output_size(x.shape[2], x.shape[3])
+    if min(height, width) < 1:
+        raise ValueError(f"conv2d: the kernel does not fit the input: {list(x.shape)} gives output {height}x{width}.")
+    check_bias("conv2d", x, bias, topology.out)
+    check_tap("conv2d", score_tap, topology)
+    return _conv2d(x, values, bias, score_tap, topology.index(backend), topology.shape, _flatten(conv), backend)

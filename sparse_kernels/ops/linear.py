@@ -1,0 +1,164 @@
+"""`linear`: `Y [P, out] = X [P, in] · Wᵀ + b` with a block-CSR `W`, and its gradients.
+
+    dX = dY · W          dW[b] = dYᵀ · X at the active blocks          db = Σ_P dY
+
+One dispatcher boundary forward, one backward; which backend runs is an argument of the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import registry
+from ..patterns import Block
+from ..topology import Topology, WeightIndex
+from .common import (
+    NAMESPACE,
+    check_bias,
+    check_tap,
+    check_values,
+    empty,
+    optional,
+    register_autocast,
+    score_dtype,
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[..., F]` as `[P, F]` with rows of unit inner stride; a view wherever strides allow it."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    inner_is_dense = rows.stride(1) == 1 and (rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1])
+    return rows if inner_is_dense else rows.contiguous()
+
+
+def _backend(name: str, x: Tensor, shape: Sequence[int]) -> registry.Backend:
+    return registry.require(name, "linear", pattern=Block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    score_tap: Tensor | None,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    backend: str,
+) -> Tensor:
+    y = _backend(backend, x, shape).spmm(_rows(x), values, WeightIndex.unpack(index, shape), bias)
+    return y.reshape(*x.shape[:-1], shape[0])
+
+
+@_linear.register_fake
+def _(x: Tensor, values: Tensor, bias: Any, score_tap: Any, index: Any, shape: Sequence[int], backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear_backward", mutates_args=())
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    values: Tensor,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _backend(backend, x, shape)
+    where = WeightIndex.unpack(index, shape)
+    rows_dy, rows_x = _rows(dy.to(x.dtype)), _rows(x)
+    need_x, need_values, need_bias, need_scores = needs
+    dtype = score_dtype(x)
+    dx = run.spmm_t(rows_dy, values, where).reshape(x.shape) if need_x else empty(x, False, [])
+    dvalues = run.sddmm(rows_dy, rows_x, where) if need_values else empty(x, False, [], dtype)
+    dbias = rows_dy.sum(0, dtype=dtype) if need_bias else empty(x, False, [], dtype)
+    scores = run.block_scores(rows_dy, rows_x, where) if need_scores else empty(x, False, [], dtype)
+    return dx, dvalues, dbias, scores
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: Sequence[int], needs: Sequence[bool], backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = score_dtype(x)
+    grid = Block(shape[3], shape[4]).grid(shape[0], shape[1])
+    return (
+        empty(x, needs[0], list(x.shape)),
+        empty(x, needs[1], list(values.shape), dtype),
+        empty(x, needs[2], [shape[0]], dtype),
+        empty(x, needs[3], list(grid), dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, bias, score_tap, index, shape, backend = inputs
+    ctx.save_for_backward(x, values, *index)
+    ctx.shape, ctx.backend = shape, backend
+    ctx.dtypes = (
+        values.dtype,
+        bias.dtype if bias is not None else None,
+        score_tap.dtype if score_tap is not None else None,
+    )
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, *index = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:4])
+    dx, dvalues, dbias, scores = _linear_backward(dy, x, values, index, ctx.shape, needs, ctx.backend)
+    values_dtype, bias_dtype, tap_dtype = ctx.dtypes
+    return (
+        optional(dx, needs[0]),
+        optional(dvalues.to(values_dtype), needs[1]),
+        optional(dbias.to(bias_dtype), needs[2]),
+        optional(scores.to(tap_dtype), needs[3]),
+        [None] * len(index),
+        None,
+        None,
+    )
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+register_autocast(
+    _linear, "linear", "linear", lambda x, values, bias, tap, index, shape, backend: Block(shape[3], shape[4])
+)
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    topology: Topology,
+    bias: Tensor | None = None,
+    *,
+    score_tap: Tensor | None = None,
+    backend: str,
+) -> Tensor:
+    """Sparse linear map; equivalent to `F.linear(x, topology.scatter(values), bias)`.
+
+    Args:
+        x: `[..., in]`, floating point; its dtype is the compute dtype.
+        values: `[nnzb, bh, bw]` contiguous, normally fp32. topology: the index set of the weight `[out, in]`.
+        bias: `[out]` or None.
+        score_tap: a zero leaf `[row_blocks, col_blocks]`; its gradient becomes the squared Frobenius norm of every
+            block of the dense weight gradient (a growth score, not a derivative).
+        backend: name of the backend that runs it.
+
+    Returns:
+        `[..., out]`, contiguous, in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes or devices that do not match. TypeError: not floating point.
+        RuntimeError: the backend cannot run this.
+    """
+    check_values("linear", x, values, topology)
+    if x.dim() == 0 or x.shape[-1] != topology.in_:
+        raise ValueError(
+            f"linear: x must have {topology.in_} features in its last dimension to match weight "
+            f"[{topology.out}, {topology.in_}]; got shape {list(x.shape)}."
+        )
+    check_bias("linear", x, bias, topology.out)
+    check_tap("linear", score_tap, topology)
+    return _linear(x, values, bias, score_tap, topology.index(backend), topology.shape, backend)
