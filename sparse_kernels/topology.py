@@ -311,6 +311,14 @@ class Topology(nn.Module):
         self._derived[deriver.name] = names
         self._fill(deriver)
 
+    def release(self) -> None:
+        """Forgets every derived buffer, as before a move to a device where they mean nothing."""
+        for names in self._derived.values():
+            for name in names:
+                delattr(self, name)
+        self._derivers.clear()
+        self._derived.clear()
+
     def refresh(self) -> None:
         """Rebuilds the transposed view and every derived buffer from `crow`, `col`, `slot` (regrow, load, move)."""
         if self.crow.is_meta:
@@ -358,20 +366,34 @@ class Topology(nn.Module):
         if error is not None:
             raise ValueError(f"Topology [{self.out}, {self.taps}x{self.in_}] {self.pattern}: {error}.")
 
+    def why_not_load(self, crow: Tensor | None, col: Tensor | None, slot: Tensor | None) -> str | None:
+        """Why saved index arrays cannot replace this topology's; None where they can, or where none is given."""
+        given = {"crow": crow, "col": col, "slot": slot}
+        absent = [name for name, tensor in given.items() if tensor is None]
+        if absent:
+            return None if len(absent) == len(given) else f"an index is loaded whole; {', '.join(absent)} is missing"
+        for name, tensor in given.items():
+            own = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                return f"{name} must be an int32 tensor; got {got}"
+            if tensor.shape != own.shape:
+                return f"{name} must be {list(own.shape)} (nnzb={self.nnzb}); got {list(tensor.shape)}"
+        assert crow is not None and col is not None and slot is not None
+        if crow.is_meta:
+            return None
+        return _why_invalid(crow, col, slot, self.row_blocks, self.col_blocks)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # A broken index must not reach a kernel: it is refused before anything is copied.
         error_msgs: list[str] = args[-1]
         given = [state_dict.get(prefix + name) for name in ("crow", "col", "slot")]
-        crow, col, slot = given
-        if crow is not None and col is not None and slot is not None:
-            shapes_fit = crow.shape == self.crow.shape and col.shape == self.col.shape and slot.shape == self.slot.shape
-            if shapes_fit:
-                error = _why_invalid(crow, col, slot, self.row_blocks, self.col_blocks)
-                if error is not None:
-                    error_msgs.append(f"{prefix[:-1]}: {error}")
-                    return
+        error = self.why_not_load(*given)
+        if error is not None:
+            error_msgs.append(f"{prefix[:-1]}: {error}")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
-        if crow is not None:
+        if given[0] is not None:
             self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Topology:

@@ -1,0 +1,211 @@
+"""What every sparse layer has in common, and the handles by which training methods reach its weights.
+
+A `SparseLayer` owns one or more sparse weights, each a parameter `values [nnzb, bh, bw]` with its `Topology`. A
+`SparseWeight` is a handle on one of them: its name in the model, its values, its topology and its score tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..patterns import Block
+from ..topology import Topology
+
+AUTO = "auto"
+
+
+class SparseLayer(nn.Module):
+    """Base of the sparse layers: which backend executes it, its score taps, and a state dict that is checked first.
+
+    Subclasses set `op` and `pattern`, answer `sparse_items()`, and call `self.execution = ...` once their parameters
+    exist.
+    """
+
+    op: ClassVar[str]
+    pattern: Block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requested = AUTO
+        self._execution = ""
+        self._why = ""
+        self._taps: dict[str, Tensor] = {}
+
+    def sparse_items(self) -> Iterator[tuple[str, nn.Parameter, Topology]]:
+        """`(key, values, topology)` of every sparse weight of this layer, in a fixed order."""
+        raise NotImplementedError
+
+    # Execution
+
+    @property
+    def execution(self) -> str:
+        """Name of the backend that runs this layer.
+
+        Assign a name to choose it, or `"auto"` (the default) for the first sparse backend that serves the layer's
+        pattern, dtype and device, `"densified"` where none does. `"auto"` chooses again whenever the layer moves to
+        another dtype or device. A backend assigned by name stays: where it cannot run, the forward raises its reason.
+
+        Raises:
+            ValueError: on assignment of an unknown name.
+            RuntimeError: on assignment of a backend that cannot run this layer, with its reason.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, name: str) -> None:
+        if name != AUTO:
+            probe = self._probe()
+            backends.require(name, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
+        self._requested = name
+        self._resolve()
+
+    @property
+    def execution_reason(self) -> str:
+        """Why that backend: `"sparse kernel"`, `"asked for"`, or what each sparse backend does not serve."""
+        return self._why
+
+    def _probe(self) -> Tensor:
+        """A tensor that has the layer's dtype and device."""
+        return next(values for _, values, _ in self.sparse_items())
+
+    def _resolve(self) -> None:
+        probe = self._probe()
+        if self._requested == AUTO:
+            self._execution, self._why = backends.choose(
+                self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device
+            )
+        else:
+            self._execution, self._why = self._requested, "asked for"
+            if backends.why_not(self._execution, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device):
+                return  # the op raises the reason; this backend's index buffers have no place here
+        if probe.is_meta:
+            return
+        deriver = backends.get(self._execution).deriver(self.op, self.pattern)
+        if deriver is not None:
+            for _, _, topology in self.sparse_items():
+                topology.attach(deriver)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
+        before = (self._probe().device, self._probe().dtype)
+        self._taps.clear()
+        # Derived buffers belong to a backend of the old device, which must not be asked to refill them on the new one.
+        for _, _, topology in self.sparse_items():
+            if _device_after(fn, topology.crow) != topology.crow.device:
+                topology.release()
+        super()._apply(fn, recurse)
+        if (self._probe().device, self._probe().dtype) != before:
+            self._resolve()
+        return self
+
+    def _summary(self) -> str:
+        nnz, numel = (sum(n) for n in zip(*[(t.nnz, t.numel) for _, _, t in self.sparse_items()], strict=True))
+        return f"{self.pattern}, sparsity={1 - nnz / numel:.4g}, execution={self._execution}"
+
+    # Score taps
+
+    def _tap(self, key: str) -> Tensor | None:
+        return self._taps.get(key)
+
+    # State
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A layer loads whole or not at all: with a broken index or values of another count, neither half is copied.
+        error_msgs: list[str] = args[-1]
+        errors = [*self._why_not_load(state_dict, prefix)]
+        if errors:
+            error_msgs.extend(errors)
+            # What the children will read is replaced by what they hold already.
+            for name, own in self.state_dict(prefix=prefix).items():
+                if name in state_dict:
+                    state_dict[name] = own
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+    def _why_not_load(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, own in self.state_dict(prefix=prefix).items():
+            given = state_dict.get(name)
+            if isinstance(given, Tensor) and given.shape != own.shape:
+                yield (
+                    f"{name}: this layer holds {list(own.shape)} and the state dict {list(given.shape)}; "
+                    "build the layer with the pattern and sparsity that were saved"
+                )
+        paths = {id(item): name for name, item in [*self.named_modules(), *self.named_parameters()]}
+        for _, values, topology in self.sparse_items():
+            path = f"{prefix}{paths[id(topology)]}"
+            index = [state_dict.get(f"{path}.{name}") for name in ("crow", "col", "slot")]
+            error = topology.why_not_load(*index)
+            if error is None and (f"{prefix}{paths[id(values)]}" in state_dict) != (index[0] is not None):
+                error = "values and index are loaded together; the state dict has only one of them"
+            if error is not None:
+                yield f"{path}: {error}"
+
+
+def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
+    return fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A handle on one sparse weight of a model.
+
+    Args:
+        name: dotted path of the layer, for a GRU followed by the weight's name: `"layers.0"`, `"gru.weight_hh_l0"`.
+        module: the sparse layer. key: `"values"` or the GRU weight's name.
+    """
+
+    name: str
+    module: SparseLayer
+    key: str
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The active blocks by slot: `[nnzb, bh, bw]`."""
+        return self._item()[0]
+
+    @property
+    def topology(self) -> Topology:
+        """The index set."""
+        return self._item()[1]
+
+    def open_tap(self) -> None:
+        """Lets the following backwards accumulate growth scores of every block (see `tap_scores`), from zero on."""
+        values, topology = self._item()
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        shape = (topology.row_blocks, topology.col_blocks)
+        self.module._taps[self.key] = torch.zeros(shape, dtype=dtype, device=values.device, requires_grad=True)
+
+    def tap_scores(self) -> Tensor | None:
+        """Σ over backwards of the squared Frobenius norm of each block of the dense weight gradient.
+
+        Returns:
+            `[row_blocks, col_blocks]` fp32, or None before the first backward and where no tap is open.
+        """
+        tap = self.module._tap(self.key)
+        return None if tap is None else tap.grad
+
+    def close_tap(self) -> None:
+        """Ends scoring and frees the scores."""
+        self.module._taps.pop(self.key, None)
+
+    def _item(self) -> tuple[nn.Parameter, Topology]:
+        for key, values, topology in self.module.sparse_items():
+            if key == self.key:
+                return values, topology
+        raise KeyError(f"{type(self.module).__name__} has no sparse weight {self.key!r}.")
+
+
+def sparse_weights(model: nn.Module) -> list[SparseWeight]:
+    """Handles on every sparse weight of a model, in module order; a layer that is used twice is listed once."""
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            for key, _, _ in module.sparse_items():
+                name = path if key == "values" else f"{path}.{key}"
+                handles.append(SparseWeight(name.strip(".") or key, module, key))
+    return handles

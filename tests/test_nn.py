@@ -1,0 +1,461 @@
+"""Layers against their dense twins: forward, every gradient, state, moves, compilation."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from sparse_kernels import Block, SparseGRU, SparseLinear, Unstructured, backends, sparse_weights
+
+PATTERNS = [Unstructured(), Block(4, 4), Block(16, 1), Block(16, 16)]
+DENSE_BACKENDS = ["reference", "densified"]
+FP64_BUDGET = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.fixture(params=PATTERNS, ids=str)
+def pattern(request: pytest.FixtureRequest) -> Block:
+    return request.param
+
+
+@pytest.fixture(params=DENSE_BACKENDS)
+def execution(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def check_same(sparse: nn.Module, dense: nn.Module, *inputs: Tensor) -> None:
+    """Outputs and all gradients of a sparse layer equal those of its dense twin, in fp64."""
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    ys, yd = sparse(*ours), dense(*theirs)
+    ys, yd = (ys if isinstance(ys, tuple) else (ys,)), (yd if isinstance(yd, tuple) else (yd,))
+    torch.testing.assert_close(ys, yd, **FP64_BUDGET)
+    seeds = [torch.randn(y.shape, dtype=y.dtype, generator=generator(5)) for y in ys]
+    torch.autograd.backward(ys, seeds)
+    torch.autograd.backward(yd, seeds)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **FP64_BUDGET)
+
+
+# SparseLinear
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("shape", [(7, 48), (2, 3, 48), (48,), (0, 48)], ids=str)
+def test_linear_equals_dense(pattern: Block, execution: str, sparsity: float, shape: tuple[int, ...]) -> None:
+    dense = nn.Linear(48, 64, dtype=torch.float64)
+    layer = SparseLinear.from_dense(dense, pattern=pattern, sparsity=sparsity, generator=generator())
+    layer.execution = execution
+    twin = layer.to_dense()
+    kept = layer.topology.gather(torch.ones_like(dense.weight)).bool()
+    torch.testing.assert_close(layer.values[kept], layer.topology.gather(dense.weight)[kept])
+    check_same(layer, twin, torch.randn(shape, dtype=torch.float64))
+    torch.testing.assert_close(layer.values.grad, layer.topology.gather(twin.weight.grad), **FP64_BUDGET)
+    torch.testing.assert_close(layer.bias.grad, twin.bias.grad, **FP64_BUDGET)
+
+
+def test_linear_without_bias() -> None:
+    layer = SparseLinear(32, 16, bias=False, pattern="block:4x4", sparsity=0.5, dtype=torch.float64)
+    assert layer.bias is None and "bias" not in layer.state_dict()
+    check_same(layer, layer.to_dense(), torch.randn(5, 32, dtype=torch.float64))
+
+
+def test_linear_padding_stays_zero() -> None:
+    layer = SparseLinear(60, 62, pattern="block:16x16", sparsity=0.25, rescale=True)
+    ragged = layer.topology.gather(torch.ones(62, 60)) == 0
+    assert ragged.any()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        layer(torch.randn(8, 60)).square().mean().backward()
+        optimizer.step()
+    assert not layer.values[ragged].any()
+
+
+def test_linear_fresh_values_are_those_of_torch() -> None:
+    layer = SparseLinear(256, 512, pattern="block:16x16", sparsity=0.75, generator=generator())
+    same = SparseLinear(256, 512, pattern="block:16x16", sparsity=0.75, generator=generator())
+    wide = SparseLinear(256, 512, pattern="block:16x16", sparsity=0.75, generator=generator(), rescale=True)
+    assert torch.equal(layer.values, same.values) and torch.equal(layer.topology.col, same.topology.col)
+    assert layer.values.abs().max() <= 1 / 16 < 1.01 * layer.values.abs().max()
+    torch.testing.assert_close(wide.values, 2 * layer.values)
+    x = torch.randn(512, 256)
+    dense_std = nn.Linear(256, 512, bias=False)(x).std()
+    layer.bias, wide.bias = None, None
+    torch.testing.assert_close(wide(x).std(), dense_std, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(layer(x).std(), dense_std / 2, rtol=0.05, atol=0.0)
+
+
+def test_linear_keeps_the_largest_blocks() -> None:
+    dense = nn.Linear(32, 32)
+    with torch.no_grad():
+        dense.weight[16:, :16] += 3.0
+    layer = SparseLinear.from_dense(dense, pattern="16x16", sparsity=0.75, init="magnitude")
+    assert layer.topology.mask().tolist() == [[False, False], [True, False]]
+    assert torch.equal(layer.dense_weight()[16:, :16], dense.weight[16:, :16])
+
+
+def test_linear_flags_survive() -> None:
+    dense = nn.Linear(16, 16).eval()
+    dense.weight.requires_grad_(False)
+    layer = SparseLinear.from_dense(dense, pattern="4x4", sparsity=0.5)
+    assert not layer.training and not layer.values.requires_grad and layer.bias.requires_grad
+    back = layer.to_dense()
+    assert type(back) is nn.Linear and not back.training and not back.weight.requires_grad
+    assert layer.bias.data_ptr() != dense.bias.data_ptr() != back.bias.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"pattern": "4x4", "sparsity": 1.5}, r"absent weights, in \[0, 1\]; got 1.5"),
+        ({"pattern": "5x5", "sparsity": 0.5}, "sides must be one of"),
+        ({"pattern": "64x64", "sparsity": 0.5}, "pads .* smaller block"),
+    ],
+)
+def test_linear_rejects(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseLinear(32, 36, **kwargs)
+
+
+# SparseGRU
+
+
+GRU_CASES = [
+    {"batch_first": True},
+    {"batch_first": False, "bidirectional": True},
+    {"batch_first": True, "num_layers": 2, "bidirectional": True, "bias": False},
+]
+
+
+def gru_pair(pattern: Block, sparsity: object, **kwargs: object) -> tuple[SparseGRU, nn.GRU]:
+    dense = nn.GRU(16, 32, dtype=torch.float64, **kwargs)
+    layer = SparseGRU.from_dense(dense, pattern=pattern, sparsity=sparsity, generator=generator())
+    return layer, layer.to_dense()
+
+
+def check_gru_grads(layer: SparseGRU, twin: nn.GRU) -> None:
+    for name, weight in layer.weights.items():
+        expected = getattr(twin, name).grad
+        expected = layer.topologies[name].gather(expected) if name in layer.topologies else expected
+        torch.testing.assert_close(weight.grad, expected, **FP64_BUDGET)
+    for name, bias in layer.biases.items():
+        torch.testing.assert_close(bias.grad, getattr(twin, name).grad, **FP64_BUDGET)
+
+
+@pytest.mark.parametrize("kwargs", GRU_CASES, ids=lambda kwargs: "-".join(map(str, kwargs)))
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_gru_equals_dense(pattern: Block, execution: str, sparsity: float, kwargs: dict) -> None:
+    layer, twin = gru_pair(pattern, sparsity, **kwargs)
+    layer.execution = execution
+    x = torch.randn(3, 5, 16, dtype=torch.float64)
+    batch = 3 if layer.batch_first else 5
+    h0 = torch.randn(layer.num_layers * (1 + layer.bidirectional), batch, 32, dtype=torch.float64)
+    check_same(layer, twin, x, h0)
+    check_gru_grads(layer, twin)
+    torch.testing.assert_close(layer(x), twin(x), **FP64_BUDGET)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("sorted_already", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_gru_lengths_equal_packing(batch_first: bool, sorted_already: bool, with_state: bool) -> None:
+    layer, twin = gru_pair(Block(4, 4), 0.5, num_layers=2, bidirectional=True, batch_first=batch_first)
+    lengths = torch.tensor([6, 4, 2, 1] if sorted_already else [2, 6, 1, 4])
+    x = torch.randn(4, 6, 16, dtype=torch.float64)
+    x = (x if batch_first else x.transpose(0, 1)).requires_grad_()
+    h0 = torch.randn(4, 4, 32, dtype=torch.float64) if with_state else None
+    packed = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=sorted_already)
+    expected, expected_h = twin(packed, h0)
+    got, got_h = layer(packed, h0)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **FP64_BUDGET)
+    torch.testing.assert_close(got_h, expected_h, **FP64_BUDGET)
+    padded, padded_h = layer(x, h0, lengths=lengths)
+    unpacked = pad_packed_sequence(expected, batch_first=batch_first)[0]
+    torch.testing.assert_close(padded, unpacked, **FP64_BUDGET)
+    torch.testing.assert_close(padded_h, expected_h, **FP64_BUDGET)
+    (unpacked.square().sum() + expected_h.sum()).backward(retain_graph=True)
+    expected_grad, x.grad = x.grad, None
+    (pad_packed_sequence(got, batch_first=batch_first)[0].square().sum() + got_h.sum()).backward()
+    torch.testing.assert_close(x.grad, expected_grad, **FP64_BUDGET)
+    check_gru_grads(layer, twin)
+
+
+def test_gru_ignores_what_lies_past_a_length() -> None:
+    layer, _ = gru_pair(Block(4, 4), 0.5, bidirectional=True, batch_first=True)
+    x = torch.randn(3, 4, 16, dtype=torch.float64)
+    h0 = torch.randn(2, 3, 32, dtype=torch.float64)
+    lengths = torch.tensor([4, 0, 2])
+    clean, h_n = layer(x, h0, lengths=lengths)
+    x[1], x[2, 2:] = torch.nan, torch.inf
+    dirty, _ = layer(x, h0, lengths=lengths)
+    assert torch.equal(clean, dirty)
+    assert not clean[1].any() and not clean[2, 2:].any()
+    assert torch.equal(h_n[:, 1], h0[:, 1])
+
+
+def test_gru_unbatched() -> None:
+    layer, twin = gru_pair(Block(4, 4), 0.5, num_layers=2, bidirectional=True)
+    x, h0 = torch.randn(5, 16, dtype=torch.float64), torch.randn(4, 32, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, h0), twin(x, h0), **FP64_BUDGET)
+    torch.testing.assert_close(layer(x), twin(x), **FP64_BUDGET)
+
+
+def test_gru_sparsity_by_name() -> None:
+    layer, twin = gru_pair(Block(16, 16), {"weight_ih_l0": 0.0, "weight_hh_l0": 0.5}, batch_first=True, num_layers=2)
+    assert list(layer.weights) == ["weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"]
+    assert list(layer.topologies) == ["weight_ih_l0", "weight_hh_l0"]
+    assert layer.topologies["weight_ih_l0"].density == 1.0 and layer.topologies["weight_hh_l0"].density == 0.5
+    assert layer.weights["weight_ih_l1"].shape == (96, 32)
+    check_same(layer, twin, torch.randn(2, 3, 16, dtype=torch.float64))
+    check_gru_grads(layer, twin)
+    with pytest.raises(ValueError, match="names 'weight_ih_l7'; its weights are weight_ih_l0"):
+        SparseGRU(16, 32, pattern="16x16", sparsity={"weight_ih_l7": 0.5})
+
+
+def test_gru_keeps_dense_what_the_pattern_cannot_cut() -> None:
+    layer = SparseGRU(5, 32, pattern="16x16", sparsity=0.5)
+    assert list(layer.topologies) == ["weight_hh_l0"] and layer.weights["weight_ih_l0"].shape == (96, 5)
+    with pytest.raises(ValueError, match=r"no weight would be sparse: .* pads"):
+        SparseGRU(5, 5, pattern="64x64", sparsity=0.5)
+
+
+def test_gru_dropout_acts_in_training_only() -> None:
+    layer = SparseGRU(16, 32, 2, dropout=0.5, pattern="4x4", sparsity=0.5)
+    x = torch.randn(4, 2, 16)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    layer.flatten_parameters()
+    assert layer.to_dense().dropout == 0.5
+
+
+@pytest.mark.parametrize(
+    ("x", "h0", "lengths", "message"),
+    [
+        ((2, 3, 4), None, None, "16 features"),
+        ((2, 3, 16), (1, 9, 32), None, r"h0 must be \[D·layers, B, H\] = \[1, 2, 32\]"),
+        ((2, 3, 16), (1, 32), None, "batched input takes h0"),
+        ((3, 16), (1, 1, 32), None, "unbatched h0"),
+        ((3, 16), None, [3], "lengths belong to batched input"),
+        ((2, 3, 16), None, [3, 4], r"lengths must lie in 0..3"),
+    ],
+)
+def test_gru_rejects(x: tuple, h0: tuple | None, lengths: list | None, message: str) -> None:
+    layer = SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5)
+    state = None if h0 is None else torch.zeros(h0)
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(x), state, lengths=None if lengths is None else torch.tensor(lengths))
+
+
+# What all layers share
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    if kind == "linear":
+        return SparseLinear(16, 32, pattern="4x4", sparsity=0.5, dtype=dtype, generator=generator(seed))
+    return SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5, dtype=dtype, generator=generator(seed))
+
+
+def example(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 5, 16, dtype=dtype, generator=generator(9))
+
+
+def first(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+KINDS = ["linear", "gru"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_carries_the_topology(kind: str) -> None:
+    layer, other = make(kind, seed=0), make(kind, seed=1)
+    x = example(kind)
+    assert not torch.equal(first(layer(x)), first(other(x)))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(first(layer(x)), first(other(x)))
+    for weight in sparse_weights(other):
+        weight.topology.validate()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("array", "corrupt", "reason"),
+    [
+        ("col", lambda col: col.fill_(10**6), "col must lie in"),
+        ("slot", lambda slot: slot.fill_(0), "slot must be a permutation"),
+        ("crow", lambda crow: crow.flip(0), "crow must rise"),
+        ("col", lambda col: col.float(), "col must be an int32 tensor; got torch.float32"),
+        ("slot", lambda slot: slot[1:], r"nnzb=\d+"),
+        (("col",), None, "col is missing"),
+        (("crow", "col", "slot"), None, "loaded together"),
+    ],
+)
+def test_a_corrupt_index_is_refused_whole(kind: str, array: str, corrupt: object, reason: str) -> None:
+    layer = nn.Sequential(make(kind, seed=1))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state = nn.Sequential(make(kind, seed=0)).state_dict()
+    names = [[name for name in state if name.endswith(f".{end}")][-1] for end in ([array] if corrupt else array)]
+    for name in names:
+        if corrupt is None:
+            del state[name]
+        else:
+            state[name] = corrupt(state[name])
+    with pytest.raises(RuntimeError, match=reason):
+        layer.load_state_dict(state, strict=False)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_values_of_another_count_are_refused_whole() -> None:
+    layer = SparseLinear(16, 16, pattern="4x4", sparsity=0.5)
+    before = layer.topology.col.clone()
+    with pytest.raises(RuntimeError, match="values: this layer holds"):
+        layer.load_state_dict(SparseLinear(16, 16, pattern="4x4", sparsity=0.25).state_dict())
+    assert torch.equal(layer.topology.col, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepcopy_and_pickle(kind: str) -> None:
+    layer = make(kind)
+    for weight in sparse_weights(layer):
+        weight.open_tap()
+    x = example(kind)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(first(layer(x)), first(twin(x)))
+        with torch.no_grad():
+            next(twin.parameters()).add_(1.0)
+        assert not torch.equal(first(layer(x)), first(twin(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_moves(kind: str) -> None:
+    layer = make(kind)
+    chosen = layer.execution
+    assert layer.double().execution == "densified"
+    assert first(layer(example(kind, torch.float64))).dtype == torch.float64
+    assert layer.float().execution == chosen
+    assert layer.to(torch.bfloat16)(example(kind, torch.bfloat16)) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_execution_by_name(kind: str) -> None:
+    layer = make(kind)
+    layer.execution = "reference"
+    assert layer.double().execution == "reference" and layer.execution_reason == "asked for"
+    layer.execution = "auto"
+    assert layer.execution == "densified"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        layer.execution = "abacus"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backend_asked_for_by_name_never_falls_back(kind: str) -> None:
+    if "cpu" not in backends.names() or backends.get("cpu").why_unavailable():
+        pytest.skip("backend 'cpu' is not available here")
+    layer = make(kind)
+    layer.execution = "cpu"
+    layer.double()
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
+        layer(example(kind, torch.float64))
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
+        layer.execution = "cpu"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind: str) -> None:
+    layer, x = make(kind), example(kind).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = first(layer(x))
+    y.float().sum().backward()
+    assert y.dtype in (torch.bfloat16, torch.float32)
+    for parameter in layer.parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), first(layer(x)), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_score_taps(kind: str) -> None:
+    layer, x = make(kind, torch.float64), example(kind, torch.float64)
+    layer.execution = "densified"
+    handles = sparse_weights(layer)
+    assert [handle.tap_scores() for handle in handles] == [None] * len(handles)
+    for handle in handles:
+        handle.open_tap()
+    assert handles[0].tap_scores() is None
+    twin = layer.to_dense()
+    for _ in range(2):
+        first(layer(x)).square().sum().backward()
+    first(twin(x)).square().sum().backward()
+    for handle in handles:
+        name = "weight" if handle.key == "values" else handle.key
+        blocks = handle.topology.weight_index().blocks(getattr(twin, name).grad)
+        expected = 2 * blocks.square().sum((1, 2)).view(handle.topology.row_blocks, -1)
+        torch.testing.assert_close(handle.tap_scores(), expected, rtol=1e-6, atol=1e-9)
+        handle.close_tap()
+        assert handle.tap_scores() is None
+
+
+def test_sparse_weights_names_and_order() -> None:
+    linear, gru = make("linear"), make("gru")
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2), linear]), "gru": gru, "again": linear})
+    names = [weight.name for weight in sparse_weights(model)]
+    assert names == ["layers.1", "gru.weight_ih_l0", "gru.weight_hh_l0"]
+    assert [weight.name for weight in sparse_weights(linear)] == ["values"]
+    handle = sparse_weights(model)[2]
+    assert handle.values is gru.weights["weight_hh_l0"] and handle.topology is gru.topologies["weight_hh_l0"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_optimizers_train(kind: str, optimizer: type[torch.optim.Optimizer]) -> None:
+    layer, x = make(kind), example(kind)
+    target = torch.randn(first(layer(x)).shape, generator=generator(3)) * 0.1
+    step = optimizer(layer.parameters(), lr=0.02)
+    losses = []
+    for _ in range(15):
+        step.zero_grad()
+        loss = (first(layer(x)) - target).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        step.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_device(kind: str) -> None:
+    with torch.device("meta"):
+        layer = (
+            SparseLinear(16, 32, pattern="4x4", sparsity=0.5)
+            if kind == "linear"
+            else SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5)
+        )
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.empty(2, 5, 16, device="meta")) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_a_break(kind: str) -> None:
+    layer, x = make(kind), example(kind)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = first(compiled(x))
+    assert torch.equal(y, first(layer(x)))
+    y.square().sum().backward()
+    grads = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    first(layer(x)).square().sum().backward()
+    for parameter, grad in zip(layer.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
