@@ -43,19 +43,17 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def find_cxx() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "g++", "clang++")):
-        if shutil.which(name.split()[0]):
-            return name
-    sys.exit("no C++ compiler found; install g++ (Debian: apt install g++) or set CXX.")
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    found = [name for name in names if shutil.which(name.split()[0])]
+    return found[0] if found else sys.exit("no C++ compiler; install g++ (Debian: apt install g++) or correct CXX.")
 
 
 def find_nvcc() -> str | None:
     wanted, home = os.environ.get("SPARSE_KERNELS_CUDA", "auto"), os.environ.get("CUDA_HOME")
     if wanted not in ("auto", "on", "off"):
         sys.exit(f"SPARSE_KERNELS_CUDA must be auto, on or off; got {wanted!r}.")
-    nvcc = (
-        shutil.which(f"{home}/bin/nvcc") if home else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    )
+    names = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, names)), None)
     if wanted == "on" and not nvcc:
         sys.exit("SPARSE_KERNELS_CUDA=on, but there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit.")
     return None if wanted == "off" else nvcc
@@ -88,10 +86,10 @@ def manifest(target: Path) -> str:
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     host = f"-fPIC -fvisibility=hidden -Wall -Wextra {openmp or '-Wno-unknown-pragmas'} {extra}"
     nvflags, cudalibs = cuda_flags(nvcc, host) if nvcc else ("", "")
-    edges = []  # (object, rule, source, further flags)
+    edges = []  # (object, compiler, source, further flags)
     for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
-        cuda = "-DSK_CUDA" if nvcc and source.stem == "bind_cuda" else ""
-        edges.append((f"{source.parent.name}/{source.stem}.o", "cxx", source, cuda))
+        more = "-DSK_CUDA" if nvcc and source.stem == "bind_cuda" else ""
+        edges.append((f"{source.parent.name}/{source.stem}.o", "cxx", source, more))
     for source in sorted(ROOT.glob("csrc/cpu/kernels/*.cpp")):
         edges += [(f"{isa}/{source.stem}.o", "cxx", source, f"-DSK_ISA={isa} {m}") for isa, m in ISAS.items()]
     for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []:
@@ -101,19 +99,19 @@ def manifest(target: Path) -> str:
     escape = {ord(c): f"${c}" for c in "$ :"}
     for built, tool, source, more in edges:
         lines += [f"build {built}: compile {str(source).translate(escape)}\n  tool = ${tool}\n  more = {more}"]
-    lines += [f"build {str(target).translate(escape)}: link {' '.join(edge[0] for edge in edges)}\n  tool = {cxx}"]
-    lines += [f"  more = {shared} {openmp} {cudalibs} {extra}\n"]
+    lines += [f"build {str(target).translate(escape)}: link {' '.join(edge[0] for edge in edges)}"]
+    lines += [f"  tool = {cxx}\n  more = {shared} {openmp} {cudalibs} {extra}\n"]
     return "\n".join(lines)
 
 
 class NinjaBuild(build_ext):
-    """Writes build/native-<python and platform>/build.ninja and runs it: a second run compiles only what changed."""
+    """Writes build/temp.<platform>/build.ninja and runs it: a second run compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(manifest(target))
         if subprocess.run(["ninja", "-C", str(folder)], check=False).returncode:
             sys.exit("compiling the native code failed; the compiler's message is above.")

@@ -1,0 +1,17 @@
+"""Shared by all tests: bitwise repeatability needs a fixed thread count, and a test that changes it must not leak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads_and_seed() -> Iterator[None]:
+    """Every test starts from one seed and gives back the thread count that it found."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,65 @@
+"""Runs kernel tests on native code built with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+`python tests/sanitize.py [pytest arguments]`: builds a copy of the packages in build/sanitize and runs the CPU kernels'
+tests (or what the arguments name) on it. Python itself is not instrumented, so the runtime is preloaded.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "build" / "sanitize"
+# -O1 keeps the stack traces readable and the build short; every finding ends the process.
+FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address -fsanitize=undefined -fno-sanitize-recover=all"
+
+
+def kernel_tests() -> list[str]:
+    """The test files of the native CPU kernels."""
+    return [str(path) for path in sorted((ROOT / "tests").glob("test_*_cpu.py"))]
+
+
+def build() -> None:
+    """Builds the packages with sanitized native code into build/sanitize."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(OUT), "--build-temp", f"{OUT}-objects"]
+    environment = os.environ | {"SPARSE_KERNELS_FLAGS": FLAGS, "SPARSE_KERNELS_CUDA": "off"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def environment() -> dict[str, str]:
+    """What a Python process needs in order to load the sanitized module."""
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    return os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONPATH": str(OUT),
+        # Python and torch never free everything; torch's own allocator calls are not ours to judge.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+        # Addresses in torch's own buffers are rounded up by its pooling; plain malloc shows every byte of overrun.
+        "PYTHONMALLOC": "malloc",
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Builds, then runs pytest; returns its exit status."""
+    build()
+    targets = [] if any(not argument.startswith("-") for argument in arguments) else kernel_tests()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", *arguments, *targets]
+    # Outside the checkout: `python -m` puts the working directory in front of PYTHONPATH.
+    return subprocess.run(
+        [*command, f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")], cwd=OUT, env=environment(), check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
