@@ -1,7 +1,7 @@
 """DDPM and DDIM sampling, with the noise of every sample drawn from its own seed.
 
-A sampler walks a noisy batch `[B, …]` down to data through a predictor `(x_t, t [B]) -> eps`; the samples of one seed are
-the same drawings whichever batch they are generated in (up to the rounding of batched products).
+A sampler walks a noisy batch `[B, …]` down to data through a predictor `(x_t, t [B]) -> eps`; the samples of one
+seed are the same drawings whichever batch they are generated in (up to the rounding of batched products).
 
 Sources: DDPM, algorithm 2; Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, equations 12 and 16.
 """

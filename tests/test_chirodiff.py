@@ -104,5 +104,5 @@ def test_messages() -> None:
         ChiroDiff(8, 1, form="polar")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\[B, T, 3\]; got \[2, 5, 2\]"):
         ChiroDiff(8, 1)(torch.zeros(2, 5, 2), torch.zeros(2), torch.tensor([5, 5]))
-    with pytest.raises(ValueError, match="unknown model 'chirodif'.*Did you mean 'chirodiff'"):
+    with pytest.raises(ValueError, match=r"unknown model 'chirodif'.*Did you mean 'chirodiff'"):
         MODELS.get("chirodif")

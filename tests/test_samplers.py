@@ -33,7 +33,7 @@ def test_the_historical_150_steps_are_167() -> None:
 def test_timesteps_stay_in_range(timesteps: int) -> None:
     for steps in range(1, timesteps + 1):
         visited = ddim_timesteps(timesteps, steps)
-        assert len(set(visited)) == steps and 0 <= visited[0] and visited[-1] < timesteps
+        assert len(set(visited)) == steps and visited[0] >= 0 and visited[-1] < timesteps
 
 
 @pytest.mark.parametrize("steps", [0, 1001])
