@@ -173,12 +173,19 @@ class SparseWeight:
         """The index set."""
         return self._item()[1]
 
-    def open_tap(self) -> None:
-        """Lets the following backwards accumulate growth scores of every block (see `tap_scores`), from zero on."""
+    def open_tap(self) -> Tensor:
+        """Lets the following backwards accumulate growth scores of every block (see `tap_scores`), from zero on.
+
+        Returns:
+            The tap: a zero leaf `[row_blocks, col_blocks]` of one element's memory, for hooks on its gradient.
+        """
         values, topology = self._item()
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
         shape = (topology.row_blocks, topology.col_blocks)
-        self.module._taps[self.key] = torch.zeros(shape, dtype=dtype, device=values.device, requires_grad=True)
+        # Nobody reads a tap's elements, and for unstructured weights there are as many as of the dense weight.
+        tap = torch.zeros((), dtype=dtype, device=values.device).expand(shape).requires_grad_()
+        self.module._taps[self.key] = tap
+        return tap
 
     def tap_scores(self) -> Tensor | None:
         """Σ over backwards of the squared Frobenius norm of each block of the dense weight gradient.
