@@ -2,13 +2,27 @@
 
 from . import backends, nn, ops
 from .allocation import allocate
-from .nn import SparseGRU, SparseLayer, SparseLinear, SparseWeight, sparse_weights
+from .nn import (
+    Plan,
+    SparseConv1d,
+    SparseConv2d,
+    SparseGRU,
+    SparseLayer,
+    SparseLinear,
+    SparseWeight,
+    densify,
+    sparse_weights,
+    sparsify,
+)
 from .patterns import Block, Pattern, Unstructured, parse_pattern
 from .topology import Topology
 
 __all__ = [
     "Block",
     "Pattern",
+    "Plan",
+    "SparseConv1d",
+    "SparseConv2d",
     "SparseGRU",
     "SparseLayer",
     "SparseLinear",
@@ -17,8 +31,10 @@ __all__ = [
     "Unstructured",
     "allocate",
     "backends",
+    "densify",
     "nn",
     "ops",
     "parse_pattern",
     "sparse_weights",
+    "sparsify",
 ]

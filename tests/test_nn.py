@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sparse_kernels import Block, SparseGRU, SparseLinear, Unstructured, backends, sparse_weights
+from sparse_kernels import (
+    Block,
+    SparseConv1d,
+    SparseConv2d,
+    SparseGRU,
+    SparseLinear,
+    Unstructured,
+    backends,
+    sparse_weights,
+)
 
 PATTERNS = [Unstructured(), Block(4, 4), Block(16, 1), Block(16, 16)]
 DENSE_BACKENDS = ["reference", "densified"]
@@ -256,24 +266,107 @@ def test_gru_rejects(x: tuple, h0: tuple | None, lengths: list | None, message: 
         layer(torch.zeros(x), state, lengths=None if lengths is None else torch.tensor(lengths))
 
 
+# Convolutions
+
+CONV2D_CASES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 1), "dilation": (1, 2)},
+    {"kernel_size": (2, 4), "padding": "same", "dilation": (1, 3)},
+    {"kernel_size": 3, "padding": "valid"},
+]
+CONV1D_CASES = [{"kernel_size": 3, "stride": 2, "padding": 2}, {"kernel_size": 4, "padding": "same"}]
+
+
+def check_conv(layer: SparseConv1d | SparseConv2d, execution: str, *x_shape: int) -> None:
+    layer.execution = execution
+    twin = layer.to_dense()
+    check_same(layer, twin, torch.randn(*x_shape, dtype=torch.float64))
+    if layer.bias is not None:
+        torch.testing.assert_close(layer.bias.grad, twin.bias.grad, **FP64_BUDGET)
+    grad = twin.weight.grad.flatten(2).transpose(1, 2).flatten(1)  # tap-major
+    torch.testing.assert_close(layer.values.grad, layer.topology.gather(grad), **FP64_BUDGET)
+    torch.testing.assert_close(layer(torch.ones(x_shape[1:]).double()), twin(torch.ones(x_shape[1:]).double()))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
+@pytest.mark.parametrize("kwargs", CONV2D_CASES, ids=lambda kwargs: "-".join(map(str, kwargs.values())))
+def test_conv2d_equals_dense(pattern: Block, execution: str, kwargs: dict) -> None:
+    dense = nn.Conv2d(16, 32, dtype=torch.float64, **kwargs)
+    layer = SparseConv2d.from_dense(dense, pattern=pattern, sparsity=0.5, generator=generator())
+    kept = layer.dense_weight() != 0
+    assert torch.equal(layer.dense_weight()[kept], dense.weight[kept])
+    assert abs(kept.double().mean() - 0.5) < 0.1
+    check_conv(layer, execution, 2, 16, 7, 9)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
+@pytest.mark.parametrize("kwargs", CONV1D_CASES, ids=lambda kwargs: "-".join(map(str, kwargs.values())))
+def test_conv1d_equals_dense(pattern: Block, execution: str, kwargs: dict) -> None:
+    check_conv(SparseConv1d(16, 32, dtype=torch.float64, pattern=pattern, sparsity=0.5, **kwargs), execution, 2, 16, 9)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0])
+def test_conv2d_full_and_empty(sparsity: float) -> None:
+    layer = SparseConv2d(16, 32, 3, pattern="16x16", sparsity=sparsity, dtype=torch.float64)
+    assert layer.topology.nnzb == (18 if sparsity == 0.0 else 0)
+    check_conv(layer, "densified", 1, 16, 4, 4)
+
+
+def test_conv2d_keeps_the_memory_format() -> None:
+    layer = SparseConv2d(16, 32, 3, pattern="4x4", sparsity=0.5)
+    x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer(x.contiguous()).is_contiguous()
+
+
+def test_conv_fresh_values_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    layer = SparseConv2d(64, 64, 3, pattern="16x16", sparsity=0.5)
+    bound = nn.Conv2d(64, 64, 3).weight.abs().max()
+    torch.testing.assert_close(layer.values.abs().max(), bound, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"groups": 2}, "groups=2 is not served"), ({"padding_mode": "reflect"}, "padding_mode='reflect' is not served")],
+)
+def test_conv_rejects(kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseConv2d(16, 32, 3, pattern="4x4", sparsity=0.5, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        SparseConv2d.from_dense(nn.Conv2d(16, 32, 3, **kwargs), pattern="4x4", sparsity=0.5)
+
+
+def test_conv_takes_images_of_its_own_rank() -> None:
+    with pytest.raises(ValueError, match=r"4 dimensions \[N, 16, …\], or 3 without N; got \[16, 5\]"):
+        SparseConv2d(16, 32, 3, pattern="4x4", sparsity=0.5)(torch.zeros(16, 5))
+
+
 # What all layers share
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    options = {"pattern": "4x4", "sparsity": 0.5, "dtype": dtype, "generator": generator(seed)}
     if kind == "linear":
-        return SparseLinear(16, 32, pattern="4x4", sparsity=0.5, dtype=dtype, generator=generator(seed))
-    return SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5, dtype=dtype, generator=generator(seed))
+        return SparseLinear(16, 32, **options)
+    if kind == "conv1d":
+        return SparseConv1d(16, 32, 3, padding=1, **options)
+    if kind == "conv2d":
+        return SparseConv2d(16, 32, 3, padding="same", **options)
+    return SparseGRU(16, 32, batch_first=True, **options)
 
 
 def example(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(2, 5, 16, dtype=dtype, generator=generator(9))
+    shape = {"conv1d": (2, 16, 5), "conv2d": (2, 16, 5, 4)}.get(kind, (2, 5, 16))
+    return torch.randn(shape, dtype=dtype, generator=generator(9))
 
 
 def first(output: object) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-KINDS = ["linear", "gru"]
+KINDS = ["linear", "gru", "conv1d", "conv2d"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -366,6 +459,8 @@ def test_a_backend_asked_for_by_name_never_falls_back(kind: str) -> None:
     if "cpu" not in backends.names() or backends.get("cpu").why_unavailable():
         pytest.skip("backend 'cpu' is not available here")
     layer = make(kind)
+    if layer.execution != "cpu":
+        pytest.skip(f"backend 'cpu' does not serve {kind}: {layer.execution_reason}")
     layer.execution = "cpu"
     layer.double()
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
@@ -401,7 +496,10 @@ def test_score_taps(kind: str) -> None:
     first(twin(x)).square().sum().backward()
     for handle in handles:
         name = "weight" if handle.key == "values" else handle.key
-        blocks = handle.topology.weight_index().blocks(getattr(twin, name).grad)
+        grad = getattr(twin, name).grad
+        blocks = handle.topology.weight_index().blocks(
+            grad if grad.dim() == 2 else grad.flatten(2).transpose(1, 2).flatten(1)
+        )
         expected = 2 * blocks.square().sum((1, 2)).view(handle.topology.row_blocks, -1)
         torch.testing.assert_close(handle.tap_scores(), expected, rtol=1e-6, atol=1e-9)
         handle.close_tap()
@@ -438,13 +536,14 @@ def test_optimizers_train(kind: str, optimizer: type[torch.optim.Optimizer]) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_device(kind: str) -> None:
     with torch.device("meta"):
-        layer = (
-            SparseLinear(16, 32, pattern="4x4", sparsity=0.5)
-            if kind == "linear"
-            else SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5)
-        )
+        layer = {
+            "linear": SparseLinear,
+            "gru": partial(SparseGRU, batch_first=True),
+            "conv1d": partial(SparseConv1d, kernel_size=3),
+            "conv2d": partial(SparseConv2d, kernel_size=3),
+        }[kind](16, 32, pattern="4x4", sparsity=0.5)
     assert all(parameter.is_meta for parameter in layer.parameters())
-    assert layer(torch.empty(2, 5, 16, device="meta")) is not None
+    assert layer(example(kind).to("meta")) is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,7 +71,7 @@ def cut(
     return topology, nn.Parameter(values.contiguous(), requires_grad=matrix.requires_grad)
 
 
-def copy_parameter(parameter: nn.Parameter | None) -> nn.Parameter | None:
+def copy_parameter(parameter: Tensor | None) -> nn.Parameter | None:
     """A copy that shares no storage and keeps `requires_grad`."""
     if parameter is None:
         return None

@@ -18,13 +18,14 @@ from ..patterns import Block
 from ..topology import Topology
 
 AUTO = "auto"
+SPARSE_KERNEL = "sparse kernel"  # what backends.choose says where nothing is wrong
 
 
 class SparseLayer(nn.Module):
     """Base of the sparse layers: which backend executes it, its score taps, and a state dict that is checked first.
 
-    Subclasses set `op` and `pattern`, answer `sparse_items()`, and call `self.execution = ...` once their parameters
-    exist.
+    Subclasses set `op` and `pattern`, answer `sparse_items()` and `to_dense()`, and assign `self.execution` once their
+    parameters exist.
     """
 
     op: ClassVar[str]
@@ -39,6 +40,10 @@ class SparseLayer(nn.Module):
 
     def sparse_items(self) -> Iterator[tuple[str, nn.Parameter, Topology]]:
         """`(key, values, topology)` of every sparse weight of this layer, in a fixed order."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """An ordinary torch.nn module that computes the same function."""
         raise NotImplementedError
 
     # Execution
