@@ -35,6 +35,26 @@ const char* isa_name();
 // multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
 int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
 
+// Block-CSR linear, fp32, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any
+// row stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
+// the padding of dvalues as zero, and do not depend on what they or the workspace held. Results repeat bit for bit;
+// those of block_spmm and block_spmm_t are the same for every thread count.
+
+// y [positions, out] = x [positions, in] * W' + bias
+int64_t block_spmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int block_spmm(const BlockIndex& w, const float* values, const float* x, int64_t ldx, const float* bias, float* y,
+               int64_t ldy, int64_t positions, int64_t threads, void* workspace);
+
+// dx [positions, in] = dy [positions, out] * W
+int64_t block_spmm_t_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int block_spmm_t(const BlockIndex& w, const float* values, const float* dy, int64_t ldy, float* dx, int64_t ldx,
+                 int64_t positions, int64_t threads, void* workspace);
+
+// dvalues = dy' [out, positions] * x [positions, in] at the active blocks
+int64_t block_sddmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int block_sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
+                int64_t positions, int64_t threads, void* workspace);
+
 // ---- CUDA (only in builds with SK_CUDA)
 // ------------------------------------------------------------------------------
 

@@ -25,5 +25,6 @@ PYBIND11_MODULE(_C, m) {
              py::arg("col"), py::arg("slot"), py::arg("ccol"), py::arg("row_t"), py::arg("slot_t"));
 
     bind_cpu(m);
+    bind_linear_block(m);
     bind_cuda(m);
 }

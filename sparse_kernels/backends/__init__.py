@@ -1,6 +1,6 @@
 """Backends that execute the sparse ops. Importing this package registers those that ship with it."""
 
-from . import densified, reference
+from . import cpu, densified, reference
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, choose, get, names, register, require, why_not
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "GruGrads",
     "GruWeight",
     "choose",
+    "cpu",
     "densified",
     "get",
     "names",

@@ -1,0 +1,241 @@
+// The block-CSR linear products: plans, threads and workspaces around the tiles of block_spmm.h and block_sddmm.h.
+#include "cpu/linear_block.h"
+
+#include "cpu/block_sddmm.h"
+#include "cpu/block_spmm.h"
+#include "cpu/parallel.h"
+
+namespace sk::SK_ISA {
+
+// Half of the smallest second-level cache that matters: what one thread's slice of activations may take.
+constexpr int64_t kSliceBytes = 512 << 10;
+
+// Workspace regions start on cache lines.
+SK_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+struct SpmmPlan {
+    bool direct, pack_weights, pack_x;
+    int64_t unit;                      // positions are dealt in multiples of it
+    int64_t tiles, row_parts;          // tasks: position tiles x ranges of row blocks
+    int64_t max_rows;                  // of a tile
+    int64_t ldp;                       // row stride of a packed slice (direct), floats
+    int64_t weight_bytes, task_bytes;  // packed weights; scratch of one thread
+};
+
+// Whether MR rows of this stride crowd a few sets of the first-level cache (64 sets of 64 bytes, 8 or 12 ways).
+static bool crowded(int64_t ld, int64_t rows) {
+    int64_t bytes = 4 * ld, period = 1;
+    while (period < 64 && (bytes * period) % 4096) period *= 2;
+    return rows > 6 * period;
+}
+
+static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t ldx, int64_t positions, int64_t threads) {
+    const int64_t nb = transposed ? w.bw : w.bh, kb = transposed ? w.bh : w.bw;
+    const int64_t n = transposed ? w.in : w.out, k = transposed ? w.out : w.in;
+    SpmmPlan p;
+    p.direct = nb >= VLEN && kb >= 8;
+    p.pack_weights = p.direct && !transposed;
+    const int64_t wide = nb % (2 * VLEN) == 0;
+    p.pack_x = p.direct && crowded(ldx, wide ? kRows2 : kRows1);
+    p.unit = p.direct ? kRows2 : (nb >= kWideOutputs ? 3 : nb == 4 ? 6 : 8) * VLEN;
+    const int64_t units = ceil_div(positions, p.unit);
+    const int64_t slice = larger(1, kSliceBytes / (4 * k * p.unit));
+    p.tiles = smaller(units, ceil_div(ceil_div(units, slice), threads) * threads);
+    p.row_parts = smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
+    p.max_rows = p.tiles ? ceil_div(units, p.tiles) * p.unit : 0;
+    p.ldp = (k + 15) / 16 * 16 + 16;
+    p.weight_bytes = p.pack_weights ? aligned(4 * w.nnzb * w.bh * w.bw) : 0;
+    p.task_bytes = p.direct ? (p.pack_x ? aligned(4 * p.max_rows * p.ldp) : 0)
+                            : aligned(4 * (k * p.max_rows + kPanelOutputs * p.unit));
+    return p;
+}
+
+static int64_t spmm_workspace(const BlockIndex& w, bool transposed, int64_t positions, int64_t threads) {
+    // A stride that is the worst case: the bound must not depend on it.
+    const SpmmPlan p = plan_spmm(w, transposed, 1024, positions, threads);
+    return p.weight_bytes + threads * p.task_bytes;
+}
+
+static void copy_rows(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows, int64_t cols) {
+    for (int64_t i = 0; i < rows; ++i) {
+        int64_t j = 0;
+        for (; j + VLEN <= cols; j += VLEN) store(dst + i * dst_ld + j, load(src + i * src_ld + j));
+        if (j < cols) store_first(dst + i * dst_ld + j, load_first(src + i * src_ld + j, cols - j), cols - j);
+    }
+}
+
+template <int NO, int NV>
+static void panel_task(const SpmmOperands& a, int64_t p0, int64_t p1, int64_t r0, int64_t r1, float* scratch) {
+    constexpr int kWidth = NV * VLEN;
+    float* out = scratch;
+    float* panels = scratch + kPanelOutputs * kWidth;
+    for (int64_t p = p0; p < p1; p += kWidth)
+        transpose(a.x + p * a.ldx, a.ldx, panels + (p - p0) * a.k, kWidth, smaller(kWidth, p1 - p), a.k);
+    // Row blocks outermost: their weights stay close while every panel of the slice passes.
+    const int64_t chunk = kPanelOutputs / a.nb;
+    for (int64_t r = r0; r < r1; r += chunk)
+        for (int64_t p = p0; p < p1; p += kWidth)
+            panel_tiles<NO, NV>(a, panels + (p - p0) * a.k, out, a.y + p * a.ldy, smaller(kWidth, p1 - p), r,
+                                smaller(r1, r + chunk));
+}
+
+static void spmm(const BlockIndex& w, bool transposed, const float* values, const float* x, int64_t ldx,
+                 const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
+    const SpmmPlan p = plan_spmm(w, transposed, ldx, positions, threads);
+    SpmmOperands a;
+    a.n = transposed ? w.in : w.out, a.k = transposed ? w.out : w.in;
+    a.nb = transposed ? w.bw : w.bh, a.kb = transposed ? w.bh : w.bw;
+    a.ptr = transposed ? w.ccol : w.crow, a.idx = transposed ? w.row_t : w.col, a.slot = transposed ? w.slot_t : w.slot;
+    a.weights = values;
+    a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
+    a.bias = bias, a.x = x, a.ldx = ldx, a.y = y, a.ldy = ldy;
+    float* packed = static_cast<float*>(workspace);
+    char* scratch = static_cast<char*>(workspace) + p.weight_bytes;
+    if (p.pack_weights) {
+        a.weights = packed, a.slot = nullptr;
+        a.stride_n = 1, a.stride_k = w.bh;
+    }
+    const int64_t row_blocks = ceil_div(a.n, a.nb), units = ceil_div(positions, p.unit);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        if (p.pack_weights) {
+            const int64_t block = w.bh * w.bw;
+#pragma omp for schedule(static)
+            for (int64_t e = 0; e < w.nnzb; ++e)
+                transpose(values + w.slot[e] * block, w.bw, packed + e * block, w.bh, w.bh, w.bw);
+        }
+        float* mine = reinterpret_cast<float*>(scratch + omp_get_thread_num() * p.task_bytes);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < p.tiles * p.row_parts; ++task) {
+            const int64_t tile = task / p.row_parts, part = task % p.row_parts;
+            const int64_t p0 = units * tile / p.tiles * p.unit;
+            const int64_t p1 = smaller(positions, units * (tile + 1) / p.tiles * p.unit);
+            const int64_t r0 = row_blocks * part / p.row_parts, r1 = row_blocks * (part + 1) / p.row_parts;
+            if (p.direct) {
+                const float* rows = a.x + p0 * ldx;
+                if (p.pack_x) copy_rows(rows, ldx, mine, p.ldp, p1 - p0, a.k);
+                direct_tiles(a, p.pack_x ? mine : rows, p.pack_x ? p.ldp : ldx, a.y + p0 * ldy, p1 - p0, r0, r1);
+            } else if (a.nb >= kWideOutputs) {
+                panel_task<kWideOutputs, 3>(a, p0, p1, r0, r1, mine);
+            } else if (a.nb == 4) {
+                panel_task<4, 6>(a, p0, p1, r0, r1, mine);
+            } else {
+                panel_task<1, 8>(a, p0, p1, r0, r1, mine);
+            }
+        }
+    }
+}
+
+struct SddmmPlan {
+    bool swapped;                       // blocks one column wide: X is the broadcast side, over the transposed index
+    int64_t position_parts, row_parts;  // threads
+    int64_t tile_rows;                  // positions of one packed slice
+    int64_t strips;                     // rows of strips of A packed at a time
+    int64_t partial_bytes;              // dW of every position part but the first
+    int64_t a_bytes, b_bytes, thread_bytes;
+};
+
+static SddmmPlan plan_sddmm(const BlockIndex& w, int64_t positions, int64_t threads) {
+    SddmmPlan p;
+    p.swapped = w.bw == 1;
+    const int64_t ha = p.swapped ? 1 : w.bh, hb = p.swapped ? w.bh : w.bw;
+    const int64_t cols = ceil_div(p.swapped ? w.out : w.in, hb) * hb;
+    // A part of the positions costs one more dW to add up: 256 positions pay for it.
+    p.position_parts = larger(1, smaller(threads, positions / 256));
+    p.row_parts = threads / p.position_parts;
+    const int64_t share = ceil_div(positions, p.position_parts);
+    const int64_t limit = larger(32, smaller(256, kSliceBytes / (4 * cols)));
+    p.tile_rows = ceil_div(share, larger(1, ceil_div(share, limit)));
+    p.strips = larger(1, 16 / ha);
+    p.partial_bytes = aligned(4 * w.nnzb * w.bh * w.bw);
+    p.b_bytes = aligned(4 * p.tile_rows * cols);
+    p.a_bytes = aligned(4 * p.tile_rows * p.strips * ha);
+    p.thread_bytes = p.b_bytes + p.a_bytes + aligned(4 * ha * hb);
+    return p;
+}
+
+static int64_t sddmm_workspace(const BlockIndex& w, int64_t positions, int64_t threads) {
+    const SddmmPlan p = plan_sddmm(w, positions, threads);
+    return (p.position_parts - 1) * p.partial_bytes + threads * p.thread_bytes;
+}
+
+// Zero where the last blocks of a row or column stick out of W.
+static void clear_padding(const BlockIndex& w, float* dvalues) {
+    const int64_t block = w.bh * w.bw;
+    if (const int64_t real = w.out % w.bh) {
+        const int64_t r = w.out / w.bh;
+        for (int64_t e = w.crow[r]; e < w.crow[r + 1]; ++e)
+            for (int64_t i = real * w.bw; i < block; ++i) dvalues[w.slot[e] * block + i] = 0;
+    }
+    if (const int64_t real = w.in % w.bw) {
+        const int64_t c = w.in / w.bw;
+        for (int64_t e = w.ccol[c]; e < w.ccol[c + 1]; ++e)
+            for (int64_t i = 0; i < block; i += w.bw)
+                for (int64_t j = real; j < w.bw; ++j) dvalues[w.slot_t[e] * block + i + j] = 0;
+    }
+}
+
+static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
+                  int64_t positions, int64_t threads, void* workspace) {
+    const SddmmPlan p = plan_sddmm(w, positions, threads);
+    const int64_t size = w.nnzb * w.bh * w.bw;
+    if (!positions) {
+        for (int64_t i = 0; i < size; ++i) dvalues[i] = 0;
+        return;
+    }
+    const float *a = p.swapped ? x : dy, *b = p.swapped ? dy : x;
+    const int64_t lda = p.swapped ? ldx : ldy, ldb = p.swapped ? ldy : ldx;
+    const int64_t a_cols = p.swapped ? w.in : w.out, b_cols = p.swapped ? w.out : w.in;
+    SddmmOperands s;
+    s.ha = p.swapped ? 1 : w.bh, s.hb = p.swapped ? w.bh : w.bw;
+    s.ptr = p.swapped ? w.ccol : w.crow, s.idx = p.swapped ? w.row_t : w.col, s.slot = p.swapped ? w.slot_t : w.slot;
+    const int64_t row_blocks = ceil_div(a_cols, s.ha);
+    char* partials = static_cast<char*>(workspace);
+    char* scratch = partials + (p.position_parts - 1) * p.partial_bytes;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        char* mine = scratch + omp_get_thread_num() * p.thread_bytes;
+        float* b_packed = reinterpret_cast<float*>(mine);
+        float* a_packed = reinterpret_cast<float*>(mine + p.b_bytes);
+        float* spare = reinterpret_cast<float*>(mine + p.b_bytes + p.a_bytes);
+#pragma omp for schedule(static, 1)
+        for (int64_t task = 0; task < p.position_parts * p.row_parts; ++task) {
+            const int64_t part = task / p.row_parts, range = task % p.row_parts;
+            SddmmOperands mine_s = s;
+            mine_s.out = part ? reinterpret_cast<float*>(partials + (part - 1) * p.partial_bytes) : dvalues;
+            const int64_t begin = positions * part / p.position_parts, end = positions * (part + 1) / p.position_parts;
+            // Ranges of rows with equal numbers of blocks.
+            int64_t r0 = 0, r1 = row_blocks;
+            if (range)
+                while (r0 < row_blocks && s.ptr[r0] < w.nnzb * range / p.row_parts) ++r0;
+            if (range + 1 < p.row_parts)
+                for (r1 = r0; r1 < row_blocks && s.ptr[r1] < w.nnzb * (range + 1) / p.row_parts;) ++r1;
+            for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
+                const int64_t rows = smaller(p.tile_rows, end - p0);
+                pack_strips(b + p0 * ldb, ldb, rows, b_cols, s.hb, b_packed);
+                for (int64_t r = r0; r < r1; r += p.strips) {
+                    const int64_t stop = smaller(r + p.strips, r1), first = r * s.ha;
+                    pack_strips(a + p0 * lda + first, lda, rows, smaller(stop * s.ha, a_cols) - first, s.ha, a_packed);
+                    for (int64_t i = r; i < stop; ++i)
+                        sddmm_row(mine_s, a_packed + (i - r) * rows * s.ha, b_packed, i, rows, p0 > begin, spare);
+                }
+            }
+        }
+        if (p.position_parts > 1) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < size; i += VLEN) {
+                const int64_t n = smaller(VLEN, size - i);
+                vfloat sum = load_first(dvalues + i, n);
+                for (int64_t part = 1; part < p.position_parts; ++part)
+                    sum += load_first(reinterpret_cast<const float*>(partials + (part - 1) * p.partial_bytes) + i, n);
+                store_first(dvalues + i, sum, n);
+            }
+        }
+    }
+    clear_padding(w, dvalues);
+}
+
+extern const LinearBlockTable linear_block_table;
+const LinearBlockTable linear_block_table = {spmm_workspace, spmm, sddmm_workspace, sddmm};
+
+}  // namespace sk::SK_ISA

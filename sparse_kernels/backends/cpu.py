@@ -1,0 +1,89 @@
+"""The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
+
+Each family of kernels has its module: `_cpu_block` the block-CSR linear. This file says what is served and calls them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _native
+from ..patterns import Block, Unstructured
+from ..topology import WeightIndex
+from . import _cpu_block
+from .registry import Backend, ConvGeometry, register
+
+# Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
+SCORE_PANEL_BYTES = 8 << 20
+
+
+class CpuBackend(Backend):
+    """Sparse kernels for AVX-512, AVX2 and any other CPU."""
+
+    name = "cpu"
+
+    def why_unavailable(self) -> str | None:
+        return _native.why_unavailable()
+
+    def why_unsupported(self, op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if dtype != torch.float32:
+            return f"its kernels are float32, not {str(dtype).removeprefix('torch.')}"
+        if op != "linear":
+            return f"it has no {op} kernels"
+        if pattern == Unstructured():
+            return "it has no unstructured kernels"
+        return None
+
+    def spmm(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        bias: Tensor | None = None,
+        conv: ConvGeometry | None = None,
+    ) -> Tensor:
+        if conv is not None:
+            raise self._missing("convolution")
+        return _cpu_block.spmm(x, values, index, bias)
+
+    def spmm_t(
+        self,
+        dy: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        conv: ConvGeometry | None = None,
+        x_like: Tensor | None = None,
+    ) -> Tensor:
+        if conv is not None:
+            raise self._missing("convolution")
+        return _cpu_block.spmm_t(dy, values, index)
+
+    def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
+        if conv is not None:
+            raise self._missing("convolution")
+        return _cpu_block.sddmm(dy, x, index)
+
+    def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
+        # Every block is wanted, so dense products of row panels are the fastest kernel there is.
+        if conv is not None:
+            raise self._missing("convolution")
+        padded_in = index.col_blocks * index.bw
+        panel = max(1, SCORE_PANEL_BYTES // (4 * padded_in * index.bh))  # row blocks
+        scores = x.new_empty(index.row_blocks, index.col_blocks)
+        for first in range(0, index.row_blocks, panel):
+            last = min(first + panel, index.row_blocks)
+            rows = slice(first * index.bh, min(last * index.bh, index.out))
+            grad = dy[:, rows].T @ x  # [panel · bh, in]
+            missing = (last - first) * index.bh - grad.shape[0]
+            if missing or padded_in != index.in_:
+                grad = F.pad(grad, (0, padded_in - index.in_, 0, missing))
+            blocks = grad.square_().view(last - first, index.bh, index.col_blocks, index.bw)
+            scores[first:last] = blocks.sum(dim=(1, 3))
+        return scores
+
+
+register(CpuBackend())
