@@ -1,6 +1,6 @@
 """Truly sparse layers for training: block-CSR weights behind autograd ops and torch.nn-like layers."""
 
-from . import backends, nn, ops
+from . import backends, nn, ops, regrow
 from .allocation import allocate
 from .nn import (
     Plan,
@@ -35,6 +35,7 @@ __all__ = [
     "nn",
     "ops",
     "parse_pattern",
+    "regrow",
     "sparse_weights",
     "sparsify",
 ]

@@ -293,7 +293,7 @@ class SparseGRU(SparseLayer):
 def _shapes(module: nn.GRU) -> dict[str, tuple[int, int]]:
     """Weight names and shapes, in torch.nn.GRU's order."""
     names = (name for name in module._flat_weights_names if name.startswith("weight"))
-    return {name: tuple(getattr(module, name).shape) for name in names}  # type: ignore[misc]
+    return {name: tuple(getattr(module, name).shape) for name in names}
 
 
 def _bias_names(module: nn.GRU) -> list[str]:

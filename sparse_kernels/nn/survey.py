@@ -61,7 +61,7 @@ def survey(model: nn.Module, pattern: Block, exclude: Sequence[Exclude]) -> list
     """Every weight of a model that is or might be sparse, in module order; a module that is used twice is met once.
 
     Raises:
-        ValueError: where a name in `exclude` matches nothing.
+        ValueError: where a name in `exclude` matches nothing, and for a lazy layer that has no sizes yet.
     """
     excluded = _excluded(model, exclude)
     owners = _owners(model)
@@ -85,15 +85,15 @@ def survey(model: nn.Module, pattern: Block, exclude: Sequence[Exclude]) -> list
         elif kind is None:
             found += _other(path, module)
         else:
+            if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+                raise ValueError(f"sparsify: {path!r} is a lazy layer without its sizes; run one forward first.")
             reason = _why_not_module(module, kind, owners)
             for key, weight in _weights(module):
                 name = f"{path}.{key}" if kind is nn.GRU else path
                 item = Found(name.strip(".") or key, path, key, module, tuple(weight.shape), None)
                 outside = excluded.get((path, key)) or excluded.get((path, ""))
-                if isinstance(weight, nn.UninitializedParameter):
-                    outside = reason
-                elif weight.numel() == 0:
-                    outside = outside or "it has no elements"
+                if outside is None and weight.numel() == 0:
+                    outside = "it has no elements"
                 if outside is not None:
                     found.append(replace(item, reason=outside))
                     continue
@@ -122,8 +122,6 @@ def _other(path: str, module: nn.Module) -> Iterable[Found]:
 
 
 def _why_not_module(module: nn.Module, kind: type[nn.Module], owners: dict[int, list[str]]) -> str | None:
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "a lazy layer without its sizes; run one forward before sparsify"
     if parametrize.is_parametrized(module) or any(name not in module._parameters for name, _ in _weights(module)):
         return "its weight is parametrized"
     known = [base for base in type(module).__mro__ if issubclass(base, kind)]
@@ -233,7 +231,7 @@ def count_positions(model: nn.Module, modules: Iterable[nn.Module], example_inpu
             features = y.shape[-1]
         else:
             features = getattr(module, "out_features", None) or module.out_channels
-        counts[id(module)] = counts.get(id(module), 0.0) + y.numel() / int(features)  # type: ignore[arg-type]
+        counts[id(module)] = counts.get(id(module), 0.0) + y.numel() / int(features)
 
     modes = [(module, module.training) for module in model.modules()]
     handles = []

@@ -130,7 +130,7 @@ class SparseLayer(nn.Module):
                 if name in state_dict:
                     state_dict[name] = own
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _why_not_load(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for name, own in self.state_dict(prefix=prefix).items():
