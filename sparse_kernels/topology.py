@@ -1,11 +1,11 @@
 """The index set of one block-sparse weight, in both orientations, rewritten in place at each regrow.
 
 A weight `[out, taps * in]` (tap-major; `taps` is 1 for linear and GRU weights, `R * S` for convolutions) is cut into
-`row_blocks x col_blocks` blocks, of which `nnzb` are active. A block keeps its *slot* in `values [nnzb, bh, bw]` for its
-whole life; the sorted index arrays carry slot ids:
+`row_blocks x col_blocks` blocks, of which `nnzb` are active. A block keeps its *slot* in `values [nnzb, bh, bw]` for
+its whole life; the sorted index arrays carry slot ids:
 
-    crow [row_blocks + 1]   col   [nnzb]   slot   [nnzb]     by row:    block k of row r is (r, col[k]), stored in slot[k]
-    ccol [col_blocks + 1]   row_t [nnzb]   slot_t [nnzb]     by column: block k of column c is (row_t[k], c)
+    crow [row_blocks + 1]   col   [nnzb]   slot   [nnzb]    by row:    block k of row r is (r, col[k]), in slot[k]
+    ccol [col_blocks + 1]   row_t [nnzb]   slot_t [nnzb]    by column: block k of column c is (row_t[k], c)
 
 all int32, on the weight's device. Edge blocks are padded; the padding is zero and does not count as parameters.
 """
@@ -96,7 +96,7 @@ class WeightIndex:
         return padded[: self.out, :, : self.in_].reshape(self.out, self.taps * self.in_)
 
     def blocks(self, dense: Tensor) -> Tensor:
-        """All blocks of a dense `[out, taps * in]`, zero-padded: `[row_blocks * col_blocks, bh, bw]`; differentiable."""
+        """All blocks of a dense `[out, taps * in]`, zero-padded: `[row_blocks * col_blocks, bh, bw]`."""
         weight = dense.reshape(self.out, self.taps, self.in_)
         pad_out, pad_in = self.row_blocks * self.bh - self.out, self.cols_per_tap * self.bw - self.in_
         weight = nn.functional.pad(weight, (0, pad_in, 0, 0, 0, pad_out))
@@ -423,7 +423,8 @@ def _why_invalid(crow: Tensor, col: Tensor, slot: Tensor, row_blocks: int, col_b
     crow, col, slot = crow.long(), col.long(), slot.long()
     counts = crow[1:] - crow[:-1]
     if int(crow[0]) != 0 or int(crow[-1]) != nnzb or bool((counts < 0).any()):
-        return f"crow must rise from 0 to nnzb={nnzb}; got {int(crow[0])} … {int(crow[-1])}, lowest step {int(counts.min())}"
+        got = f"{int(crow[0])} … {int(crow[-1])}, lowest step {int(counts.min())}"
+        return f"crow must rise from 0 to nnzb={nnzb}; got {got}"
     if nnzb == 0:
         return None
     if int(col.min()) < 0 or int(col.max()) >= col_blocks:

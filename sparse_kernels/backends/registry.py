@@ -1,8 +1,8 @@
 """The backends that execute sparse ops, and which of them serves a given layer.
 
 A backend implements some of the primitives for some patterns, dtypes and devices, and says in words what it does not
-serve. It is one file that ends in `register(...)`; the parametrised tests, the plan and `sparsediff doctor` know it from
-then on. All tensors that reach a primitive have been checked by the op above it.
+serve. It is one file that ends in `register(...)`; the parametrised tests, the plan and `sparsediff doctor` know it
+from then on. All tensors that reach a primitive have been checked by the op above it.
 """
 
 from __future__ import annotations
