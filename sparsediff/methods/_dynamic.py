@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from sparse_kernels.nn import SparseWeight, sparse_weights
 from torch import Tensor, nn
 
+from sparse_kernels.nn import SparseWeight, sparse_weights
 from sparse_kernels.regrow import Candidates, RegrowReport, StatePolicy, inactive_blocks, quota, regrow
 from sparsediff.methods import Method
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from sparse_kernels.nn import SparseWeight
 from torch import Tensor
 
+from sparse_kernels.nn import SparseWeight
 from sparse_kernels.regrow import Candidates
 from sparsediff.methods import METHODS
 from sparsediff.methods._dynamic import DynamicMethod, all_true
