@@ -153,6 +153,12 @@ class Topology(nn.Module):
         self.row_blocks, self.cols_per_tap = pattern.grid(out, in_)
         self.col_blocks = taps * self.cols_per_tap
         self.nnzb = rows.numel()
+        for name, ids, count in (("rows", rows, self.row_blocks), ("cols", cols, self.col_blocks)):
+            if ids.numel() and not ids.is_meta and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+                raise ValueError(
+                    f"Topology: {name} must lie in 0..{count - 1} for {pattern} on [{out}, {taps}x{in_}]; "
+                    f"got {int(ids.min())}..{int(ids.max())}."
+                )
         self._derivers: dict[str, Deriver] = {}
         self._derived: dict[str, list[str]] = {}
 
