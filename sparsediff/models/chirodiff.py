@@ -155,6 +155,6 @@ class _Permute(torch.autograd.Function):
         return x.flatten(0, 1).index_select(0, order).view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return dy.flatten(0, 1).index_select(0, order).view_as(dy), None

@@ -1,0 +1,218 @@
+"""From settings to objects: model, diffusion, device; and back from a checkpoint to a model that samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels import Block
+from sparse_kernels.nn import Plan, SparseConv1d, SparseConv2d, SparseGRU, SparseLinear, sparsify
+from sparsediff import checkpoint as checkpoints
+from sparsediff.diffusion import SCHEDULES, Diffusion
+from sparsediff.methods import METHODS
+from sparsediff.models import MODELS
+from sparsediff.presets import TrainConfig
+from sparsediff.rendering import grid, save_png
+from sparsediff.samplers import LengthDistribution, sample_drawings
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be like 'cpu', 'cuda' or 'cuda:1'; got {name!r}.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} does not exist: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu or install a torch with CUDA."
+        )
+    return device
+
+
+def build_diffusion(config: TrainConfig) -> Diffusion:
+    """The diffusion of the settings."""
+    return Diffusion(SCHEDULES[config.schedule](config.timesteps, config.beta_start, config.beta_end))
+
+
+def build_dense_model(config: TrainConfig) -> nn.Module:
+    """The dense model of the settings, its weights drawn from the seed."""
+    return MODELS.get(config.model)(
+        config.hidden,
+        config.layers,
+        form=config.form,
+        timesteps=config.timesteps,
+        gru_form=config.gru_form,
+        seed=config.seed,
+    )
+
+
+def build_model(config: TrainConfig, generator: torch.Generator | None = None) -> tuple[nn.Module, Plan | None]:
+    """A fresh model of the settings, sparse where its method is, and the plan of its layers.
+
+    Args:
+        config: the settings.
+        generator: source of the topology.
+    """
+    model = build_dense_model(config)
+    if not METHODS.get(config.method).sparse:
+        return model, None
+    plan = sparsify(
+        model,
+        sparsity=config.sparsity,
+        pattern=config.pattern,
+        allocation=config.allocation,
+        rescale=config.rescale,
+        generator=generator,
+    )
+    return model, plan
+
+
+def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor]) -> nn.Module:
+    """The model that a state dict was saved from: the same layers sparse, with as many blocks, and its parameters.
+
+    Args:
+        config: the settings of the saved run.
+        saved: the state dict; `<layer>.topology.*` and `<layer>.topologies.<weight>.*` tell what is sparse.
+    """
+    model = build_dense_model(config)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.GRU):
+            names = [name for name, _ in module.named_parameters() if f"{path}.topologies.{name}.col" in saved]
+            kept = {name: saved[f"{path}.weights.{name}"] for name in names}
+        else:
+            kept = {"weight": saved[f"{path}.values"]} if f"{path}.topology.col" in saved else {}
+        if kept:
+            model.set_submodule(path, _sparse_like(module, kept))
+    model.load_state_dict(saved)
+    return model
+
+
+def _sparse_like(module: nn.Module, kept: dict[str, Tensor]) -> nn.Module:
+    """A sparse layer with the shapes of `module`, each weight with as many blocks as its values in `kept`."""
+    pattern = Block(*next(iter(kept.values())).shape[1:])
+    sparsity = {}
+    for name, values in kept.items():
+        out, in_, *kernel = module.get_parameter(name).shape
+        rows, cols = pattern.grid(out, in_)
+        sparsity[name] = 1 - len(values) / (rows * cols * math.prod(kernel))
+    if isinstance(module, nn.GRU):
+        return SparseGRU.from_dense(module, pattern=pattern, sparsity=sparsity)
+    twins: dict[type[nn.Module], Any] = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
+    layer: nn.Module = twins[type(module)].from_dense(module, pattern=pattern, sparsity=sparsity["weight"])
+    return layer
+
+
+@dataclass(frozen=True)
+class Sampleable:
+    """A trained model with what sampling needs.
+
+    Args:
+        model: the network, in evaluation mode.
+        diffusion: its schedule.
+        lengths: the training drawings' length distribution.
+        config: the run's settings.
+        step: training steps it saw.
+    """
+
+    model: nn.Module
+    diffusion: Diffusion
+    lengths: LengthDistribution
+    config: TrainConfig
+    step: int
+
+
+def load_model(path: Path, *, weights: str = "ema", device: str = "cpu") -> Sampleable:
+    """The model of a checkpoint, or of a run's newest one.
+
+    Args:
+        path: a checkpoint or a run's folder.
+        weights: "ema" (averaged) or "model" (as trained).
+        device: where it goes.
+
+    Raises:
+        CheckpointError: there is no intact checkpoint.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights must be 'ema' or 'model'; got {weights!r}.")
+    saved = checkpoints.load(path)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{key: value for key, value in saved.state["config"].items() if key in names})
+    model = rebuild_model(config, {**saved.model, **saved.ema} if weights == "ema" else saved.model)
+    lengths = LengthDistribution(saved.state["lengths"])
+    return Sampleable(model.to(device_of(device)).eval(), build_diffusion(config), lengths, config, saved.step)
+
+
+def draw(
+    model: nn.Module,
+    diffusion: Diffusion,
+    lengths: LengthDistribution,
+    seeds: Sequence[int],
+    *,
+    form: str = "delta",
+    **options: Any,
+) -> list[npt.NDArray[np.float32]]:
+    """Generates one drawing for every seed, its length drawn from `lengths`.
+
+    Args:
+        form: what the model diffuses; drawings come back as steps either way.
+        options: further arguments of `samplers.sample_drawings`.
+
+    Returns:
+        `[T_i, 3]` float32 arrays (dx, dy, lift), lift still a real number.
+    """
+    drawings = [d.numpy() for d in sample_drawings(model, diffusion, lengths.draw(seeds), seeds, **options)]
+    if form == "position":
+        for drawing in drawings:
+            drawing[1:, :2] = np.diff(drawing[:, :2], axis=0)
+    return drawings
+
+
+def sample_checkpoint(
+    checkpoint: Path,
+    *,
+    n: int,
+    out: Path,
+    seed: int = 0,
+    weights: str = "ema",
+    device: str = "cpu",
+    threads: int = 0,
+    **options: Any,
+) -> Path:
+    """The `sample` command: draws `n` drawings with the seeds seed … seed + n − 1 and saves them.
+
+    Args:
+        checkpoint: a checkpoint or a run's folder.
+        n: number of drawings.
+        out: a picture, or an .npz file with points `[N, 3]` and offsets `[n + 1]`.
+        seed, weights, device, threads: see `load_model`; 0 threads is torch's choice.
+        options: of `samplers.sample_drawings`.
+
+    Returns:
+        `out`.
+    """
+    if n < 1:
+        raise ValueError(f"sample: n must be at least 1; got {n}.")
+    if threads:
+        torch.set_num_threads(threads)
+    run = load_model(checkpoint, weights=weights, device=device)
+    drawings = draw(run.model, run.diffusion, run.lengths, range(seed, seed + n), form=run.config.form, **options)
+    if out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        offsets = np.cumsum([0, *map(len, drawings)])
+        np.savez_compressed(out, points=np.concatenate(drawings), offsets=offsets)
+        return out
+    return save_png(grid(drawings), out)

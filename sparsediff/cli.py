@@ -1,0 +1,133 @@
+"""The command line: `sparsediff train | sample | demo | doctor`.
+
+Exit codes: 0 done; 1 failed, with a message on stderr; 2 wrong usage; 130 and 143 stopped by Ctrl-C and SIGTERM, after
+saving.
+
+Nothing here imports torch before a command runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sparsediff import __version__
+from sparsediff.presets import PRESETS, TrainConfig
+from sparsediff.registry import entry_names
+
+Command = Callable[[Sequence[str]], int]
+FLAGS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without a --no-resume
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draws samples from a checkpoint and saves their picture."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint, or a run's folder, whose newest one is taken."""
+    n: int = 64
+    """Number of drawings."""
+    steps: int = 50
+    """DDIM steps."""
+    out: Path = Path("samples.png")
+    """The picture; a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1])."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddpm visits every timestep of the diffusion."""
+    eta: float = 0.0
+    """DDIM's eta: 0 is deterministic, 1 has DDPM's variance."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged parameters, or those of the last step."""
+    seed: int = 0
+    """Drawing i has the seed seed + i, whatever n is."""
+    batch_size: int = 128
+    """Drawings a forward."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice."""
+
+
+def train(args: Sequence[str]) -> int:
+    """Trains a preset; every value of it is an option."""
+    presets = tyro.extras.subcommand_type_from_defaults(
+        dict(PRESETS), {name: preset.summary() for name, preset in PRESETS.items()}
+    )
+    config: TrainConfig = tyro.cli(presets, args=args, prog="sparsediff train", config=FLAGS)
+    from sparsediff.train import describe, start
+
+    if config.dry_run:
+        print(describe(config))
+        return 0
+    return start(config)
+
+
+def sample(args: Sequence[str]) -> int:
+    """Draws samples from a checkpoint."""
+    config = tyro.cli(SampleConfig, args=args, prog="sparsediff sample")
+    from sparsediff.build import sample_checkpoint
+
+    print(sample_checkpoint(**dataclasses.asdict(config)))
+    return 0
+
+
+def demo(args: Sequence[str]) -> int:
+    """Runs the demo, which has options of its own."""
+    return int(importlib.import_module("sparsediff.demo").main(list(args)) or 0)
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Says what this machine has."""
+    tyro.cli(doctor_options, args=args, prog="sparsediff doctor")
+    return int(importlib.import_module("sparsediff.doctor").main() or 0)
+
+
+def doctor_options() -> None:
+    """Shows versions, hardware, the backends, and what is missing with its remedy."""
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "train": (train, "train a preset: sparsediff train PRESET --method rigl --sparsity 0.75 ..."),
+    "sample": (sample, "draw samples: sparsediff sample CHECKPOINT --n 64 --steps 50 --out samples.png"),
+    "demo": (demo, "train dense beside sparse for a few minutes and write a report"),
+    "doctor": (doctor, "show versions, hardware, backends, and what is missing"),
+}
+
+
+def help_text() -> str:
+    """What `sparsediff --help` prints."""
+    lines = ["usage: sparsediff COMMAND ...    (sparsediff COMMAND --help shows its options)", "", "commands:"]
+    lines += [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "presets:", *(f"  {name:<20} {preset.summary()}" for name, preset in PRESETS.items())]
+    for kind in ("methods", "datasets", "models"):
+        lines += ["", f"{kind}: {', '.join(entry_names(f'sparsediff.{kind}'))}"]
+    lines += ["", "exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM after saving"]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"sparsediff {__version__}")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"sparsediff: unknown command {args[0]!r}; expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[args[0]][0](args[1:])
+    except (ValueError, RuntimeError, OSError) as error:
+        # What these say is meant for the user; a traceback would bury it. Anything else is a bug and shows one.
+        print(f"sparsediff {args[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

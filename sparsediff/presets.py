@@ -1,0 +1,163 @@
+"""The paper's runs as a table; every entry of it is an option of the command line.
+
+Nothing here imports torch, so that `--help` is quick.
+
+Source: Oliveira, Mocanu, Leiva, "Sparse-to-Sparse Training of Diffusion Models", TMLR 2025, section 4 and appendix;
+the ChiroDiff code for what the paper leaves open (clipping, EMA, split, data preparation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from sparsediff.registry import entry_names
+
+if TYPE_CHECKING:
+    MethodName: TypeAlias = str
+    DatasetName: TypeAlias = str
+    ModelName: TypeAlias = str
+else:  # the choices of the command line are the files of these packages
+    MethodName = Literal[tuple(entry_names("sparsediff.methods"))]
+    DatasetName = Literal[tuple(entry_names("sparsediff.datasets"))]
+    ModelName = Literal[tuple(entry_names("sparsediff.models"))]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run."""
+
+    # What is trained on what
+    dataset: DatasetName = "kanjivg"
+    """Data set, by its registered name."""
+    data: str | None = None
+    """File or folder of the data; the data set's own source if not given."""
+    category: str | None = None
+    """Category of a data set that has several (QuickDraw trains one model for each)."""
+    limit: int | None = None
+    """At most this many drawings."""
+    resample: float | None = 0.05
+    """Spacing of the points along a stroke, in radii of the drawing; None keeps the source's points."""
+    rdp: float | None = None
+    """Tolerance of the simplification after resampling, in radii of the drawing; None: off."""
+    max_points: int = 300
+    """Drawings of this many points or more are dropped."""
+    scale: float | None = 10.0
+    """Radius of a prepared drawing."""
+    model: ModelName = "chirodiff"
+    """Model, by its registered name."""
+    hidden: int = 96
+    """Units of each direction of each GRU layer."""
+    layers: int = 3
+    """GRU layers."""
+    form: Literal["delta", "position"] = "delta"
+    """Whether steps or positions of the pen are diffused."""
+    gru_form: Literal["packed", "padded"] = "padded"
+    """How a dense GRU treats lengths; the same function at different speed."""
+
+    # Diffusion
+    timesteps: int = 1000
+    """T."""
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    """Noise schedule."""
+    beta_start: float = 1e-4
+    """First beta."""
+    beta_end: float = 2e-2
+    """Last beta."""
+
+    # Optimization
+    epochs: int = 600
+    """Passes over the training split."""
+    batch_size: int = 128
+    """Drawings a step; the rest of an epoch that fills no batch is dropped."""
+    lr: float = 1e-3
+    """AdamW's learning rate, constant."""
+    weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    grad_clip: float = 0.1
+    """Largest norm of the gradient; 0: no clipping."""
+    ema_decay: float = 0.9999
+    """Limit of the average's decay, which warms up as (1 + n) / (10 + n)."""
+
+    # Sparsity
+    method: MethodName = "dense"
+    """Training method."""
+    sparsity: float = 0.75
+    """S: the fraction of the network's weights that is absent."""
+    pattern: str = "block:16x16"
+    """unstructured, or block:HxW with sides of 1, 4, 8, 16, 32, 64."""
+    allocation: Literal["erk", "uniform", "flops"] = "erk"
+    """How S is spread over the layers."""
+    rescale: bool = False
+    """Widen the initial weights by 1/sqrt(density), for the fan-in that is lost."""
+    every: int = 800
+    """Delta T: steps between regrows (rigl, magran)."""
+    drop: float = 0.05
+    """p: the fraction of a layer's blocks that a regrow moves; the paper's main runs have 0.5, its best 0.05."""
+    anneal: Literal["constant", "cosine"] = "constant"
+    """How p develops until t_end."""
+    t_end: float = 1.0
+    """The fraction of the run after which the topology stays as it is."""
+    state_policy: Literal["mean", "zero", "keep"] = "mean"
+    """What the optimizer state of a grown weight begins with."""
+    regrow_dropped: bool = False
+    """Whether just dropped blocks may win their place back at once."""
+
+    # Sampling while it trains
+    sample_every: int = 1000
+    """Steps between sample grids; 0: none."""
+    sample_count: int = 36
+    """Drawings of a grid."""
+    sample_steps: int = 50
+    """DDIM steps."""
+
+    # The run
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads; 0: torch's choice. The same number gives the same bits."""
+    seed: int = 0
+    """Seed of everything random."""
+    out: str = "runs/train"
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in `out` from its newest checkpoint; begin it where there is none."""
+    max_steps: int | None = None
+    """Stop (with a checkpoint) after this many steps of the run."""
+    max_seconds: float | None = None
+    """Stop (with a checkpoint) after this many seconds of training."""
+    log_every: int = 10
+    """Steps between records of metrics.jsonl."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    dry_run: bool = False
+    """Show the settings, the model and the plan, and stop."""
+
+    def summary(self) -> str:
+        """One line for help."""
+        data = self.dataset + (f" ({self.category})" if self.category else "")
+        return f"{self.model} {self.hidden}x{self.layers} on {data}, {self.epochs} epochs"
+
+
+# Settings that do not change what is computed, or may: a resumed run need not repeat them.
+# Data are told apart by their content.
+RUN_SETTINGS = frozenset(
+    """data device threads out resume dry_run epochs max_steps max_seconds
+    log_every save_every keep sample_every sample_count sample_steps""".split()  # noqa: SIM905
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "chirodiff-kanjivg": TrainConfig(dataset="kanjivg", hidden=96, layers=3, out="runs/kanjivg"),
+    "chirodiff-quickdraw": TrainConfig(dataset="quickdraw", category="cat", hidden=128, layers=3, out="runs/quickdraw"),
+    "chirodiff-vmnist": TrainConfig(dataset="vmnist", hidden=48, layers=2, out="runs/vmnist"),
+}
+
+
+def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of a saved run that `config` contradicts: name → (saved, given); run settings do not count."""
+    given = dataclasses.asdict(config)
+    names = [name for name in given if name not in RUN_SETTINGS]
+    return {name: (saved.get(name), given[name]) for name in names if saved.get(name) != given[name]}

@@ -1,0 +1,336 @@
+"""Training: the parts of a run, one training step, and the loop.
+
+A step draws a batch and timesteps, goes through `diffusion.loss` and the model's (sparse) layers, and back; then clips,
+steps AdamW, lets the method regrow and averages. Everything random comes from generators of the run, which a checkpoint
+holds, so a resumed run continues to the bit.
+
+Exit codes: 0 finished; 130 and 143 stopped by Ctrl-C (SIGINT) and SIGTERM, after saving a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from sparsediff import checkpoint, methods
+from sparsediff.build import build_diffusion, build_model, device_of, draw, rebuild_model
+from sparsediff.datasets import Batches, StrokeData, Strokes, load
+from sparsediff.ema import EMA
+from sparsediff.metrics import MetricsLog
+from sparsediff.presets import TrainConfig, differences
+from sparsediff.rendering import grid, save_png
+from sparsediff.samplers import LengthDistribution
+
+STREAMS = ("topology", "diffusion", "growth")  # one generator each; the order of the data has its own seed
+
+
+class TrainError(RuntimeError):
+    """A run cannot start or go on; the message says why and what to do."""
+
+
+class Run:
+    """The parts of a training run and its state.
+
+    Args:
+        config: the settings.
+        data: the drawings; only their training split is used.
+        saved: the checkpoint to continue from.
+
+    Raises:
+        TrainError: the checkpoint was made with other settings or other data.
+        ValueError: a setting that cannot be, such as a device that does not exist.
+    """
+
+    def __init__(self, config: TrainConfig, data: StrokeData, saved: checkpoint.Checkpoint | None = None) -> None:
+        self.config = config
+        self.device = device_of(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.generators = {
+            name: torch.Generator(self.device if name == "diffusion" else "cpu").manual_seed(config.seed + (i << 32))
+            for i, name in enumerate(STREAMS)
+        }
+        drawings = data.train if config.form == "delta" else with_positions(data.train)
+        self.batches = Batches(drawings, config.batch_size, seed=config.seed)
+        self.fingerprint = {
+            "drawings": len(drawings),
+            "points": len(drawings.points),
+            "crc32": zlib.crc32(drawings.points.tobytes()),
+        }
+        self.total_steps = config.epochs * len(self.batches)
+        self.lengths = LengthDistribution(torch.from_numpy(data.train.length_histogram()))
+
+        self.plan: dict[str, Any] | None  # what became of every layer, as `sparse_kernels.nn.Plan.to_json` says it
+        if saved is None:
+            self.model, plan = build_model(config, self.generators["topology"])
+            self.plan = plan.to_json() if plan is not None else None
+        else:
+            self._check(saved)
+            self.model, self.plan = rebuild_model(config, saved.model), saved.state["plan"]
+        self.model.to(self.device)
+        self.diffusion = build_diffusion(config).to(self.device)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda")
+        )
+        self.ema = EMA(self.model, config.ema_decay)
+        names = ("every", "drop", "anneal", "t_end", "state_policy", "regrow_dropped")
+        options = {name: getattr(config, name) for name in names}
+        self.method = methods.build(
+            config.method,
+            self.model,
+            self.optimizer,
+            total_steps=self.total_steps,
+            ema=self.ema,
+            generator=self.generators["growth"],
+            **options,
+        )
+        self.step = 0
+        self.seconds = 0.0  # of training: without sampling and saving
+        self.loss_sum = torch.zeros((), device=self.device)  # since the last record
+        self.loss_count = 0
+        self.finite_until = 0  # the last step whose loss is known to be finite
+        if saved is not None:
+            self._take_over(saved)
+
+    def training_step(self) -> dict[str, Any] | None:
+        """One step on the next batch; returns what the method did, None if nothing."""
+        self.method.begin_step()
+        batch = next(self.batches).to(self.device, non_blocking=True)
+        generator = self.generators["diffusion"]
+        t = torch.randint(self.diffusion.timesteps, (len(batch.x),), generator=generator, device=self.device)
+        noise = torch.randn(batch.x.shape, generator=generator, device=self.device)
+        loss = self.diffusion.loss(self.model, batch.x, t, noise, batch.lengths)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.optimizer.step()
+        done = self.method.step()
+        self.ema.update()
+        self.loss_sum += loss.detach()
+        self.loss_count += 1
+        self.step += 1
+        return done
+
+    def summary(self) -> str:
+        """What runs, in a line."""
+        config, stored = self.config, sum(p.numel() for p in self.parameters)
+        text = f"{config.summary()}; {config.method}, {stored:,} parameters"
+        if self.plan is not None:
+            text += f", {self.plan['pattern']}, sparsity {self.plan['sparsity']:.4f} ({config.allocation})"
+        return f"{text}; {self.total_steps:,} steps on {self.device}, {torch.get_num_threads()} threads"
+
+    def mean_loss(self) -> float:
+        """Mean loss since the last call.
+
+        Raises:
+            TrainError: it is not finite.
+        """
+        loss = self.loss_sum.item() / max(1, self.loss_count)
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss became {loss} within steps {self.finite_until + 1}..{self.step}; lower --lr, "
+                "set --grad-clip, or look at the data. The checkpoint before these steps is intact."
+            )
+        self.finite_until = self.step
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a checkpoint needs beside the parameters and their averages."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "data": self.fingerprint,
+            "plan": self.plan,
+            "lengths": self.lengths.counts,
+            "optimizer": self.optimizer.state_dict(),
+            "ema_updates": self.ema.updates,
+            "method": self.method.state_dict(),
+            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+            "batches": self.batches.state_dict(),
+            "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+        }
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment."""
+        if not math.isfinite(self.loss_sum.item()):
+            self.mean_loss()  # raises: the parameters are spoilt, and the checkpoint before must stay the newest
+        self.finite_until = self.step
+        folder = Path(self.config.out) / "checkpoints"
+        averages = self.ema.state_dict()["parameters"]
+        path = checkpoint.save(folder, self.step, model=self.model.state_dict(), ema=averages, state=self.state_dict())
+        checkpoint.prune(folder, self.config.keep)
+        return path
+
+    def _check(self, saved: checkpoint.Checkpoint) -> None:
+        state = saved.state
+        changed = differences(state["config"], self.config)
+        if changed:
+            listing = "; ".join(f"{name}: saved {old!r}, given {new!r}" for name, (old, new) in sorted(changed.items()))
+            raise TrainError(
+                f"{saved.path} was made with other settings ({listing}); repeat them, or choose another --out."
+            )
+        if state["data"] != self.fingerprint:
+            raise TrainError(
+                f"{saved.path} was made with other data: {state['data']}, now {self.fingerprint}; "
+                "give the same --data, or choose another --out."
+            )
+
+    def _take_over(self, saved: checkpoint.Checkpoint) -> None:
+        state = saved.state
+        self.ema.load_state_dict({"updates": state["ema_updates"], "parameters": saved.ema})
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name].cpu())
+        self.batches.load_state_dict(state["batches"])
+        self.step = self.finite_until = saved.step
+        self.seconds = state["seconds"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.loss_count = state["loss_count"]
+
+
+def train(run: Run) -> int:
+    """Trains until the run's end, a limit or a signal; returns the exit code."""
+    config, out = run.config, Path(run.config.out)
+    last = min(run.total_steps, config.max_steps or run.total_steps)
+    budget = config.max_seconds or math.inf
+    with (
+        contextlib.closing(MetricsLog(out / "metrics.jsonl", run.step)) as metrics,
+        interruption() as interrupted,
+        tqdm(total=last, initial=run.step, unit="it", dynamic_ncols=True) as bar,
+    ):
+        clock = time.perf_counter()
+        while run.step < last and run.seconds < budget and not interrupted:
+            done = run.training_step()
+            now = time.perf_counter()
+            run.seconds, clock = run.seconds + now - clock, now
+            record: dict[str, Any] = {"method": done} if done else {}
+            if run.step % config.log_every == 0:
+                record |= {"epoch": run.batches.epoch, "loss": run.mean_loss(), "seconds": round(run.seconds, 4)}
+                bar.set_postfix(loss=f"{record['loss']:.4f}", epoch=record["epoch"], refresh=False)
+            if record:
+                metrics.write(run.step, **record)
+            if config.sample_every and run.step % config.sample_every == 0:
+                save_grid(run)
+            if run.step % config.save_every == 0:
+                metrics.sync()
+                run.save()
+            bar.update()
+            clock += time.perf_counter() - now  # sampling and saving are not training
+        metrics.sync()
+        run.save()
+    if interrupted:
+        print(f"stopped by {signal.Signals(interrupted[0]).name} at step {run.step}; --resume continues.")
+        return 128 + interrupted[0]
+    if config.sample_every:
+        save_grid(run)
+    return 0
+
+
+def save_grid(run: Run) -> Path:
+    """Draws `sample_count` samples of the averaged model and saves their picture; the same seeds every time."""
+    path = Path(run.config.out) / "samples" / f"step-{run.step:08d}.png"
+    seeds = range(run.config.seed, run.config.seed + run.config.sample_count)
+    drawings = draw(
+        run.ema.model, run.diffusion, run.lengths, seeds, form=run.config.form, steps=run.config.sample_steps
+    )
+    return save_png(grid(drawings), path)
+
+
+def start(config: TrainConfig, data: StrokeData | None = None) -> int:
+    """The `train` command: builds the run, or resumes it where `out` has one, and trains.
+
+    Args:
+        config: the settings.
+        data: the drawings; loaded as the settings say by default.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        TrainError: `out` holds a run and `resume` was not asked for, or it was made with other settings or data.
+    """
+    out = Path(config.out)
+    newest = checkpoint.find(out)
+    if not config.resume and (newest is not None or (out / "metrics.jsonl").exists()):
+        raise TrainError(f"{out} holds a run already; --resume continues it, another --out keeps it.")
+    saved = None if newest is None else checkpoint.load(newest)
+    run = Run(config, load_data(config) if data is None else data, saved)
+    print(run.summary() if saved is None else f"continuing {saved.path}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+    return train(run)
+
+
+def describe(config: TrainConfig) -> str:
+    """What `--dry-run` prints: every setting, the model's size and the sparse plan; loads no data."""
+    settings = dataclasses.asdict(config)
+    width = max(map(len, settings))
+    device_of(config.device)
+    model, plan = build_model(config, torch.Generator().manual_seed(config.seed))
+    stored = sum(p.numel() for p in model.parameters())
+    lines = [f"{name:<{width}}  {value}" for name, value in settings.items()]
+    return "\n".join([*lines, "", f"{stored:,} parameters stored", *([str(plan)] if plan is not None else [])])
+
+
+def load_data(config: TrainConfig) -> StrokeData:
+    """The data set of the settings, prepared as they say."""
+    return load(
+        config.dataset,
+        path=config.data,
+        category=config.category,
+        limit=config.limit,
+        resample=config.resample,
+        rdp=config.rdp,
+        max_points=config.max_points,
+        scale=config.scale,
+    )
+
+
+def with_positions(strokes: Strokes) -> Strokes:
+    """The same drawings with positions in place of steps."""
+    total = np.cumsum(strokes.points[:, :2], axis=0, dtype=np.float64)
+    starts = np.concatenate([np.zeros((1, 2)), total])[strokes.offsets[:-1]]
+    points = strokes.points.copy()
+    points[:, :2] = total - np.repeat(starts, strokes.lengths, axis=0)
+    return Strokes(points, strokes.offsets, strokes.labels)
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in the list it yields; the second one acts as it would without us."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        restore()

@@ -1,0 +1,230 @@
+"""The loop: it learns, logs, samples, stops cleanly, and continues to the bit whatever stopped it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import configured, drawings
+
+from sparsediff import checkpoint
+from sparsediff.build import load_model
+from sparsediff.ema import EMA
+from sparsediff.metrics import read_metrics
+from sparsediff.models.chirodiff import ChiroDiff
+from sparsediff.presets import PRESETS, RUN_SETTINGS, TrainConfig, differences
+from sparsediff.train import Run, TrainError, interruption, start, with_positions
+
+STEPS = 5 * (70 // 8)
+
+VARIANTS = [
+    pytest.param({"method": "dense"}, id="dense"),
+    pytest.param({"method": "dense", "form": "position", "gru_form": "packed"}, id="dense-position-packed"),
+    pytest.param({"method": "static"}, id="static"),
+    pytest.param({"method": "magran"}, id="magran"),
+    pytest.param({"method": "rigl"}, id="rigl"),
+    pytest.param({"method": "rigl", "pattern": "unstructured", "anneal": "cosine"}, id="rigl-unstructured"),
+]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The newest checkpoint's tensors, as bytes by file."""
+    found = checkpoint.find(out)
+    assert found is not None
+    return {name: (found / f"{name}.safetensors").read_bytes() for name in checkpoint.PARTS}
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    """The log without its clock."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_a_stopped_run_continues_to_the_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert start(configured(tmp_path / "whole", **settings), drawings()) == 0
+    for last in (1, 14, 15, 33, None):  # 8 steps an epoch, a checkpoint every 4
+        assert start(configured(tmp_path / "parts", **settings, max_steps=last, resume=True), drawings()) == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert history(tmp_path / "parts") == history(tmp_path / "whole")
+    assert [r["step"] for r in history(tmp_path / "parts")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("settings", [VARIANTS[0], VARIANTS[4]])
+def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert start(configured(tmp_path / "whole", **settings), drawings()) == 0
+    child = subprocess.Popen(command(tmp_path / "killed", settings), stderr=subprocess.DEVNULL)
+    try:
+        log = tmp_path / "killed" / "metrics.jsonl"
+        wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") >= 17)
+    finally:
+        child.kill()
+        child.wait()
+    reached = checkpoint.find(tmp_path / "killed")
+    assert reached is not None and 12 <= checkpoint.load(reached).step < STEPS
+    assert start(configured(tmp_path / "killed", **settings, resume=True), drawings()) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
+def command(out: Path, settings: dict[str, Any]) -> list[str]:
+    pairs = [f'{key}="{value}"' for key, value in settings.items()]
+    pairs += ["sample_every=1", "sample_steps=50"]  # slows it down, so that it is not done before it is killed
+    return [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(out), *pairs]
+
+
+def wait_until(condition: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the child process made no progress"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_leave(tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run.training_step
+
+    def interrupted(run: Run) -> Any:
+        if run.step == 9:
+            os.kill(os.getpid(), number)
+        return step(run)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(Run, "training_step", interrupted)
+    assert start(configured(tmp_path / "a"), drawings()) == 128 + number
+    monkeypatch.undo()
+    assert signal.getsignal(number) is before
+    assert checkpoint.load(tmp_path / "a").step == 10
+    assert start(configured(tmp_path / "a", resume=True), drawings()) == 0
+    assert start(configured(tmp_path / "b"), drawings()) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_second_interrupt_is_not_swallowed() -> None:
+    with pytest.raises(KeyboardInterrupt), interruption() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = configured(tmp_path, epochs=20, lr=2e-2, grad_clip=1.0, save_every=1000, log_every=40)
+    assert start(config, drawings()) == 0
+    losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[0] > 0.8 and losses[-1] < 0.75
+
+
+def test_sampling_while_training_changes_nothing(tmp_path: Path) -> None:
+    start(configured(tmp_path / "with", sample_every=16), drawings())
+    start(configured(tmp_path / "without"), drawings())
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+    names = sorted(p.name for p in (tmp_path / "with" / "samples").iterdir())
+    assert names == ["step-00000016.png", "step-00000032.png", f"step-{STEPS:08d}.png"]
+
+
+def test_limits_stop_with_a_checkpoint(tmp_path: Path) -> None:
+    assert start(configured(tmp_path / "steps", max_steps=5), drawings()) == 0
+    assert checkpoint.load(tmp_path / "steps").step == 5
+    assert start(configured(tmp_path / "time", max_seconds=1e-9), drawings()) == 0
+    assert checkpoint.load(tmp_path / "time").step == 1
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    start(configured(tmp_path, max_steps=1), drawings())
+    with pytest.raises(TrainError, match="holds a run already; --resume continues it"):
+        start(configured(tmp_path), drawings())
+
+
+def test_resuming_with_other_settings_says_which(tmp_path: Path) -> None:
+    start(configured(tmp_path, max_steps=1), drawings())
+    with pytest.raises(TrainError, match=r"hidden: saved 16, given 24; lr: saved 0.001, given 0.1\)"):
+        start(configured(tmp_path, resume=True, lr=0.1, hidden=24, epochs=9), drawings())
+    with pytest.raises(TrainError, match="was made with other data"):
+        start(configured(tmp_path, resume=True), drawings(seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in")
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run.training_step
+
+    def spoilt(run: Run) -> Any:
+        if run.step == 10:
+            next(run.model.parameters()).data.fill_(float("nan"))
+        return step(run)
+
+    monkeypatch.setattr(Run, "training_step", spoilt)
+    with pytest.raises(TrainError, match=r"the loss became nan within steps 9\.\.12; lower --lr"):
+        start(configured(tmp_path, log_every=100), drawings())
+    assert checkpoint.load(tmp_path).step == 8  # the newest one is from before
+
+
+def test_positions_are_running_sums() -> None:
+    strokes = drawings().train
+    absolute = with_positions(strokes)
+    for steps, positions in zip(strokes, absolute, strict=True):
+        np.testing.assert_allclose(
+            positions[:, :2], np.cumsum(steps[:, :2].astype(np.float64), axis=0), rtol=1e-5, atol=1e-5
+        )
+        np.testing.assert_array_equal(positions[:, 2], steps[:, 2])
+
+
+@pytest.mark.parametrize("method", ["dense", "rigl"])
+def test_a_checkpoint_is_a_model_that_samples(tmp_path: Path, method: str) -> None:
+    start(configured(tmp_path, method=method), drawings())
+    averaged, last = load_model(tmp_path), load_model(tmp_path, weights="model")
+    saved = checkpoint.load(tmp_path)
+    for run, parameters in ((averaged, saved.ema), (last, {k: saved.model[k] for k in saved.ema})):
+        for name, parameter in run.model.named_parameters():
+            assert torch.equal(parameter, parameters[name])
+    assert averaged.step == STEPS and set(averaged.lengths.draw(range(50))) <= set(range(2, 13))
+    with pytest.raises(ValueError, match="weights must be"):
+        load_model(tmp_path, weights="best")
+
+
+def test_ema_warms_up_to_its_decay() -> None:
+    model = ChiroDiff(4, 1, seed=0)
+    ema = EMA(model, decay=0.5)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for n in range(1, 12):
+        decay = min(0.5, (1 + n) / (10 + n))
+        with torch.no_grad():
+            for shadow, p in zip(expected, model.parameters(), strict=True):
+                p.add_(torch.randn_like(p))
+                shadow.mul_(decay).add_(p, alpha=1 - decay)
+        ema.update()
+        for shadow, averaged in zip(expected, ema.model.parameters(), strict=True):
+            torch.testing.assert_close(averaged, shadow)
+    other = EMA(model, decay=0.5)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 11 and all(map(torch.equal, other.model.parameters(), ema.model.parameters()))
+    parameter = next(model.parameters())
+    assert ema.shadow_of(parameter) is next(ema.model.parameters()) and not ema.shadow_of(parameter).requires_grad
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
+        EMA(model, decay=1.0)
+
+
+def test_presets_have_the_settings_of_the_paper() -> None:
+    sizes = {name: (preset.hidden, preset.layers) for name, preset in PRESETS.items()}
+    assert sizes == {"chirodiff-kanjivg": (96, 3), "chirodiff-quickdraw": (128, 3), "chirodiff-vmnist": (48, 2)}
+    for preset in PRESETS.values():
+        assert (preset.epochs, preset.batch_size, preset.lr, preset.weight_decay) == (600, 128, 1e-3, 1e-2)
+        assert (preset.timesteps, preset.beta_start, preset.beta_end, preset.schedule) == (1000, 1e-4, 2e-2, "linear")
+        assert (preset.every, preset.sample_steps, preset.ema_decay, preset.grad_clip) == (800, 50, 0.9999, 0.1)
+
+
+def test_only_run_settings_may_differ_on_resume() -> None:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= RUN_SETTINGS
+    config = TrainConfig()
+    saved = dataclasses.asdict(config)
+    assert differences(saved, dataclasses.replace(config, out="x", epochs=1, threads=3)) == {}
+    assert differences(saved, dataclasses.replace(config, seed=1)) == {"seed": (0, 1)}
+    assert differences({k: v for k, v in saved.items() if k != "seed"}, config) == {"seed": (None, 0)}
