@@ -55,6 +55,52 @@ int64_t block_sddmm_workspace_bytes(const BlockIndex& w, int64_t positions, int6
 int block_sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
                 int64_t positions, int64_t threads, void* workspace);
 
+// ---- CPU: GRU (csrc/cpu/gru.cpp) ------------------------------------------------------------------------------------
+//
+// One layer, one or two directions, with torch.nn.GRU's equations and gate order (r, z, n):
+//     r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)      n  = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+//     z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)      h' = (1 - z) * n + z * h
+// The second direction starts at each sequence's own end. Nothing past a sequence's length is read; y and dx are zero
+// there. Bits do not depend on timing: they repeat for a given number of threads.
+
+// One of a layer's weights [3 hidden, in]: block-CSR values [nnzb, bh, bw], or dense and row-major where index.bh is 0
+// (then only index.out and index.in count).
+struct GruWeight {
+    BlockIndex index;
+    const float* values;
+    const float* bias;  // [3 hidden] or null
+    float* d_values;    // like values; written by the backward
+    float* d_bias;      // [3 hidden] or null
+};
+
+struct GruLayer {
+    int64_t batch, steps, in, hidden, directions;
+    const float* x;  // [batch, steps, in], unit inner stride
+    int64_t x_batch_stride, x_step_stride;
+    const float* h0;           // [directions, batch, hidden]
+    const int32_t* lengths;    // [batch], 0 .. steps, or null: all are `steps`
+    const GruWeight* weights;  // [2 * directions]: ih, hh, (ih, hh of the reverse direction)
+    float* reserve;            // gru_reserve_floats(): written by the forward for the backward, or null
+};
+
+struct GruBackward {
+    const float* y;       // [batch, steps, directions * hidden], contiguous: what the forward returned
+    const float* dy;      // the same shape, unit inner stride
+    int64_t dy_batch_stride, dy_step_stride;
+    const float* dh_n;    // [directions, batch, hidden]
+    float* dx;            // [batch, steps, in], contiguous, or null
+    float* dh0;           // [directions, batch, hidden]
+    // Gradients of the gates before their biases, [directions, batch, steps, 3 hidden], or null. Positions past a
+    // sequence's length are not written.
+    float *dgates_ih, *dgates_hh;
+};
+
+int64_t gru_reserve_floats(int64_t batch, int64_t steps, int64_t hidden, int64_t directions);
+int64_t gru_forward_workspace_bytes(const GruLayer& layer, int64_t threads);
+int gru_forward(const GruLayer& layer, float* y, float* h_n, void* workspace, int64_t threads);
+int64_t gru_backward_workspace_bytes(const GruLayer& layer, int64_t threads);
+int gru_backward(const GruLayer& layer, const GruBackward& grad, void* workspace, int64_t threads);
+
 // ---- CUDA (only in builds with SK_CUDA)
 // ------------------------------------------------------------------------------
 

@@ -26,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
 
     bind_cpu(m);
     bind_linear_block(m);
+    bind_gru(m);
     bind_cuda(m);
 }

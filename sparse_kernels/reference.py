@@ -99,7 +99,7 @@ def _direction(
     batch, steps, _ = x.shape
     weight_ih, weight_hh = weights[2 * direction : 2 * direction + 2]
     bias_ih, bias_hh = biases[2 * direction : 2 * direction + 2] if biases else (None, None)
-    gates_x = linear(x.reshape(batch * steps, -1), weight_ih, bias_ih).view(batch, steps, -1)
+    gates_x = linear(x.flatten(0, 1), weight_ih, bias_ih).unflatten(0, (batch, steps))
     h = h0[direction]
     states = x.new_zeros(batch, steps, h.shape[1])
     saved: list[tuple[Tensor, ...]] = [()] * steps

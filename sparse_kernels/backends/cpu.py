@@ -1,9 +1,12 @@
 """The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
 
-Each family of kernels has its module: `_cpu_block` the block-CSR linear. This file says what is served and calls them.
+Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_gru` the fused GRU. This file says what is
+served and calls them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ from torch.nn import functional as F
 from .. import _native
 from ..patterns import Block, Unstructured
 from ..topology import WeightIndex
-from . import _cpu_block
-from .registry import Backend, ConvGeometry, register
+from . import _cpu_block, _cpu_gru
+from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
 
 # Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
 SCORE_PANEL_BYTES = 8 << 20
@@ -32,6 +35,8 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, not on {device.type}"
         if dtype != torch.float32:
             return f"its kernels are float32, not {str(dtype).removeprefix('torch.')}"
+        if op == "gru":
+            return None
         if op != "linear":
             return f"it has no {op} kernels"
         if pattern == Unstructured():
@@ -84,6 +89,38 @@ class CpuBackend(Backend):
             blocks = grad.square_().view(last - first, index.bh, index.col_blocks, index.bw)
             scores[first:last] = blocks.sum(dim=(1, 3))
         return scores
+
+    def gru_forward(
+        self,
+        x: Tensor,
+        h0: Tensor,
+        lengths: Tensor | None,
+        weights: Sequence[GruWeight],
+        biases: Sequence[Tensor],
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _cpu_gru.gru_forward(x, h0, lengths, weights, biases, save)
+
+    def gru_backward(
+        self,
+        dy: Tensor,
+        dh_n: Tensor,
+        x: Tensor,
+        h0: Tensor,
+        lengths: Tensor | None,
+        weights: Sequence[GruWeight],
+        biases: Sequence[Tensor],
+        y: Tensor,
+        reserve: Tensor,
+        want_scores: Sequence[bool],
+        need_dx: bool,
+    ) -> GruGrads:
+        return _cpu_gru.gru_backward(
+            dy, dh_n, x, h0, lengths, weights, biases, y, reserve, want_scores, need_dx, self.block_scores
+        )
+
+    def gru_reserve_shape(self, batch: int, steps: int, hidden: int, directions: int) -> list[int]:
+        return _cpu_gru.gru_reserve_shape(batch, steps, hidden, directions)
 
 
 register(CpuBackend())

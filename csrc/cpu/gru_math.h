@@ -1,0 +1,42 @@
+// sigmoid and tanh on vfloat, within 2 units in the last place; NaN in, NaN out.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace sk::SK_ISA {
+
+struct Expm1 {
+    vfloat scale, part;  // exp(x) - 1 = scale * part + (scale - 1), scale a power of two
+};
+
+// x = k ln 2 + r with |r| <= ln 2 / 2, scale = 2^k, part = exp(r) - 1 by a polynomial of degree 7.
+SK_INLINE Expm1 expm1_parts(vfloat x) {
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
+    const vfloat shift = broadcast(12582912.0f);
+    x = x > broadcast(88.0f) ? broadcast(88.0f) : x;
+    x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
+    const vfloat shifted = fma(x, broadcast(1.44269504f), shift);
+    const vfloat k = shifted - shift;
+    vfloat r = fma(k, broadcast(-0.693359375f), x);
+    r = fma(k, broadcast(2.12194440e-4f), r);
+    vfloat p = broadcast(1.98412698e-4f);
+    p = fma(p, r, broadcast(1.38888889e-3f));
+    p = fma(p, r, broadcast(8.33333333e-3f));
+    p = fma(p, r, broadcast(4.16666667e-2f));
+    p = fma(p, r, broadcast(1.66666667e-1f));
+    p = fma(p, r, broadcast(0.5f));
+    return {as_float((as_int(shifted) << 23) + broadcast(0x3f800000)), fma(r * r, p, r)};
+}
+
+SK_INLINE vfloat sigmoid(vfloat x) {
+    const Expm1 e = expm1_parts(-x);
+    return broadcast(1.0f) / (fma(e.scale, e.part, e.scale) + broadcast(1.0f));
+}
+
+SK_INLINE vfloat tanh(vfloat x) {
+    const Expm1 e = expm1_parts(x + x);
+    const vfloat m = fma(e.scale, e.part, e.scale - broadcast(1.0f));
+    return m / (m + broadcast(2.0f));
+}
+
+}  // namespace sk::SK_ISA
