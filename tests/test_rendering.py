@@ -58,6 +58,6 @@ def test_grid_and_file(tmp_path: Path) -> None:
 
 
 def test_the_rule_is_fixed() -> None:
-    """Scores on pictures depend on it: change RENDERER together with the picture. (Versions of Pillow round differently.)"""
+    # Scores on pictures depend on it: change RENDERER together with the picture. Versions of Pillow round differently.
     assert RENDERER.endswith("v1")
     assert int(render(CORNER).astype(int).sum()) == pytest.approx(986_324, rel=2e-3)

@@ -1,11 +1,10 @@
 """Reads pickles that hold plain data and numpy arrays, and nothing else.
 
 sketch-rnn's `.npz` files hold object arrays and VMNIST's drawings are pickles, so both need pickle, whose files may
-name any function of any installed package and have it called. Here a file's requests for globals are answered from a
-fixed table of stand-ins, which check their arguments and build arrays from bytes with numpy's public interface; any
-other request ends the load with a DataError that names it. No global a file names is ever imported, and none is called:
-`numpy.ndarray` on the pickle's stack is not numpy's class but an object of this module that cannot be changed,
-subclassed or looked into.
+name any function of any installed package and have it called. Here only the opcodes that plain data and arrays need are
+known, a file's names are looked up in a fixed table of stand-ins, and a call of one checks its arguments and builds an
+array from bytes with numpy's public interface. Any other name, call or opcode ends the load with a DataError that says
+which. No global that a file names is ever imported or called.
 
 numpy's own `ndarray.__setstate__` and `dtype.__setstate__` are not used either: a forged dtype state can make numpy
 take raw bytes for object pointers.
@@ -16,9 +15,13 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
+import struct
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +48,7 @@ class _Dtype:
     def __init__(self, spec: str) -> None:
         self.spec, self.order = spec, "|"
 
-    def __setstate__(self, state: object) -> None:
+    def set_state(self, state: object) -> None:
         # (version, byte order, subdtype, names, fields, itemsize, alignment, flags[, metadata])
         if not (isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")):
             _refuse(f"a numpy dtype with state {state!r:.80}")
@@ -96,114 +99,143 @@ class _Array:
             self.raw = np.frombuffer(self.raw, dtype.resolve()).reshape(self.shape).T.tobytes()
             self.shape = sizes
 
-    def __setstate__(self, state: object) -> None:
+    def set_state(self, state: object) -> None:
         if not (isinstance(state, tuple) and len(state) == 5 and self.dtype is None):
             _refuse(f"an array with state {state!r:.80}")
         self.fill(*state[1:])
 
 
-class _Stand:
-    """An immutable stand-in for one of the names a pickled array uses."""
+class _Name:
+    """Stands for a name that a pickled array refers to; `make` builds what a call of it would."""
 
-    __slots__ = ("name",)
-    name: str
+    __slots__ = ("make", "name")
 
-    def __init__(self, name: str) -> None:
-        object.__setattr__(self, "name", name)
-
-    def __setattr__(self, *_: object) -> NoReturn:
-        _refuse(f"changing {self.name}")
-
-    def __setstate__(self, _: object) -> NoReturn:
-        _refuse(f"changing {self.name}")
-
-    def __reduce__(self) -> NoReturn:
-        _refuse(f"copying {self.name}")
+    def __init__(self, name: str, make: Callable[[tuple[Any, ...]], Any]) -> None:
+        self.name, self.make = name, make
 
     def __repr__(self) -> str:
         return self.name
 
-    def __call__(self, *args: object) -> Any:
-        _refuse(f"a call of {self.name}{args!r:.80}")
+
+def _ndarray(args: tuple[Any, ...]) -> NoReturn:
+    _refuse(f"numpy.ndarray{args!r:.80}")
 
 
-class _DtypeCall(_Stand):
-    __slots__ = ()
-
-    def __call__(self, *args: object) -> _Dtype:
-        spec = args[0] if 1 <= len(args) <= 3 else None
-        if isinstance(spec, str):
-            if spec in ("O", "O8", "O4", "|O"):
-                return _Dtype("O")
-            kind, size = spec[:1], spec[1:]
-            if kind in _SIZES and size in {str(n) for n in _SIZES[kind]}:
-                return _Dtype(spec)
-        _refuse(f"a numpy dtype {args!r:.80}")
+def _dtype(args: tuple[Any, ...]) -> _Dtype:
+    spec = args[0] if 1 <= len(args) <= 3 else None
+    if isinstance(spec, str):
+        if spec in ("O", "O8", "O4", "|O"):
+            return _Dtype("O")
+        kind, size = spec[:1], spec[1:]
+        if kind in _SIZES and size in {str(n) for n in _SIZES[kind]}:
+            return _Dtype(spec)
+    _refuse(f"a numpy dtype {args!r:.80}")
 
 
-class _Reconstruct(_Stand):
-    __slots__ = ()
-
-    def __call__(self, *args: object) -> _Array:
-        if len(args) != 3 or args[0] is not _NDARRAY or args[1] != (0,) or args[2] not in ("b", b"b"):
-            _refuse(f"{self.name}{args!r:.80}")
-        return _Array()
+def _reconstruct(args: tuple[Any, ...]) -> _Array:
+    if len(args) != 3 or args[0] is not _NDARRAY or args[1] != (0,) or args[2] not in ("b", b"b"):
+        _refuse(f"numpy's _reconstruct{args!r:.80}")
+    return _Array()
 
 
-class _FromBuffer(_Stand):
-    __slots__ = ()
-
-    def __call__(self, *args: object) -> _Array:
-        if len(args) != 4:
-            _refuse(f"{self.name} with {len(args)} arguments")
-        array = _Array()
-        array.fill(args[2], args[1], args[3], args[0])
-        return array
+def _frombuffer(args: tuple[Any, ...]) -> _Array:
+    if len(args) != 4:
+        _refuse(f"numpy's _frombuffer with {len(args)} arguments")
+    array = _Array()
+    array.fill(args[2], args[1], args[3], args[0])
+    return array
 
 
-class _Scalar(_Stand):
-    __slots__ = ()
-
-    def __call__(self, *args: object) -> _Array:
-        if len(args) != 2:
-            _refuse(f"{self.name} with {len(args)} arguments")
-        array = _Array()
-        array.fill((), args[0], "C", args[1])
-        return array
+def _scalar(args: tuple[Any, ...]) -> _Array:
+    if len(args) != 2:
+        _refuse(f"a numpy scalar of {len(args)} arguments")
+    array = _Array()
+    array.fill((), args[0], "C", args[1])
+    return array
 
 
-class _Encode(_Stand):
-    """How protocols 0 to 2 write bytes: latin-1 text and a call of `_codecs.encode`."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: object) -> bytes:
-        if len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1"):
-            return args[0].encode("latin1")
-        _refuse(f"_codecs.encode with {args[1:]!r:.80}")
+def _encode(args: tuple[Any, ...]) -> bytes:
+    # How protocols 0 to 2 write bytes.
+    if len(args) == 2 and isinstance(args[0], str) and args[1] in ("latin1", "latin-1"):
+        return args[0].encode("latin1")
+    _refuse(f"_codecs.encode with {args[1:]!r:.80}")
 
 
-_NDARRAY = _Stand("numpy.ndarray")
-_TABLE: dict[tuple[str, str], _Stand] = {
+def _no_bytes(args: tuple[Any, ...]) -> bytes:
+    # How protocols 0 to 2 write no bytes.
+    if args:
+        _refuse(f"bytes{args!r:.80}")
+    return b""
+
+
+_NDARRAY = _Name("numpy.ndarray", _ndarray)
+_TABLE: dict[tuple[str, str], _Name] = {
     ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _DtypeCall("numpy.dtype"),
-    ("_codecs", "encode"): _Encode("_codecs.encode"),
+    ("numpy", "dtype"): _Name("numpy.dtype", _dtype),
+    ("_codecs", "encode"): _Name("_codecs.encode", _encode),
+    ("__builtin__", "bytes"): _Name("bytes", _no_bytes),
 }
 for _core in ("numpy.core", "numpy._core"):
-    _TABLE[_core + ".multiarray", "_reconstruct"] = _Reconstruct(_core + ".multiarray._reconstruct")
-    _TABLE[_core + ".multiarray", "scalar"] = _Scalar(_core + ".multiarray.scalar")
-    _TABLE[_core + ".numeric", "_frombuffer"] = _FromBuffer(_core + ".numeric._frombuffer")
+    _TABLE[_core + ".multiarray", "_reconstruct"] = _Name("_reconstruct", _reconstruct)
+    _TABLE[_core + ".multiarray", "scalar"] = _Name("scalar", _scalar)
+    _TABLE[_core + ".numeric", "_frombuffer"] = _Name("_frombuffer", _frombuffer)
+
+_OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT",
+    "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT",
+    "DICT", "SETITEM", "SETITEMS", "GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GLOBAL",
+    "STACK_GLOBAL", "REDUCE", "BUILD",
+}  # fmt: skip
+_CODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+def _forbid(name: str) -> Callable[[object], NoReturn]:
+    def load(_: object) -> NoReturn:
+        _refuse(f"an object that is no array (opcode {name})")
+
+    return load
+
+
+# The pure Python unpickler: its table of opcodes can be cut down, and its memo is a dict, where the C one allocates an
+# array as large as the largest index a file names (2^32 entries for five bytes).
+class _Unpickler(pickle._Unpickler):
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
+
+    def find_class(self, module: str, name: str) -> _Name:
         try:
             return _TABLE[module, name]
         except KeyError:
             raise Refused(f"{module}.{name}") from None
 
-    def persistent_load(self, pid: object) -> NoReturn:
-        _refuse(f"the persistent object {pid!r:.80}")
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        function = self.stack[-1]
+        if not isinstance(function, _Name) or not isinstance(args, tuple):
+            _refuse(f"a call of {function!r:.80}")
+        self.stack[-1] = function.make(args)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, (_Array, _Dtype)):
+            _refuse(f"a change of {target!r:.80}")
+        target.set_state(state)
+
+    def load_bytearray8(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(min(size, sys.maxsize))))
+
+    dispatch: ClassVar[Any] = {
+        **{code: _forbid(name) for code, name in _CODES.items()},
+        **{code: pickle._Unpickler.dispatch[code] for code, name in _CODES.items() if name in _OPCODES},
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def _resolve(value: Any, depth: int, done: dict[int, Any]) -> Any:
