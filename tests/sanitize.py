@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
-        # Addresses in torch's own buffers are rounded up by its pooling; plain malloc shows every byte of overrun.
+        # Python's pools would hide an overrun of a small buffer.
         "PYTHONMALLOC": "malloc",
     }
 
@@ -53,12 +53,17 @@ def environment() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """Builds, then runs pytest; returns its exit status."""
     build()
+
+    def python(*command: str) -> int:
+        # Outside the checkout: `python -m` puts the working directory in front of PYTHONPATH.
+        return subprocess.run([sys.executable, *command], cwd=OUT, env=environment(), check=False).returncode
+
+    loaded = "from sparse_kernels._native import native; assert native().__file__.startswith({!r}), native()"
+    if python("-c", loaded.format(str(OUT))):
+        sys.exit("sanitize: the sanitized module is not what Python loads")
     targets = [] if any(not argument.startswith("-") for argument in arguments) else kernel_tests()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "-q", *arguments, *targets]
-    # Outside the checkout: `python -m` puts the working directory in front of PYTHONPATH.
-    return subprocess.run(
-        [*command, f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")], cwd=OUT, env=environment(), check=False
-    ).returncode
+    settings = (f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-x", "-q")
+    return python("-m", "pytest", *settings, *arguments, *targets)
 
 
 if __name__ == "__main__":

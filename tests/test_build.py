@@ -78,7 +78,13 @@ def test_a_missing_module_names_the_remedy(tmp_path: Path) -> None:
     package = shutil.copytree(
         ROOT / "sparse_kernels", tmp_path / "sparse_kernels", ignore=shutil.ignore_patterns("*.so")
     )
-    code = "from sparse_kernels import _native; print(_native.why_unavailable())"
+    code = """if True:
+        import sys
+        # An editable install would find the module that is built in the checkout.
+        sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+        from sparse_kernels import _native
+        print(_native.why_unavailable())
+    """
     missing = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).stdout
     assert "was not built" in missing and "reinstall" in missing
     (package / Path(_native.native().__file__).name).write_bytes(b"not a library")
