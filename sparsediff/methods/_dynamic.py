@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels.nn import SparseWeight, sparse_weights
-from sparse_kernels.regrow import Candidates, RegrowReport, StatePolicy, inactive_blocks, quota, regrow
+from sparse_kernels import Topology
+from sparse_kernels.nn import sparse_weights
+from sparse_kernels.regrow import Candidates, StatePolicy, inactive_blocks, quota, regrow
 from sparsediff.methods import Method
 
 Anneal = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True)
+class _Average:
+    """Averages of one weight's values, and their topology where it may be a copy of the weight's."""
+
+    values: list[Tensor]
+    topology: Topology | None = None
 
 
 class DynamicMethod(Method):
@@ -98,12 +108,24 @@ class DynamicMethod(Method):
         self.pending = False
         self.regrows += 1
         moved = 0
-        for weight, growing in zip(self.weights, candidates, strict=True):
+        for weight, growing, average in zip(self.weights, candidates, self._averages(), strict=True):
             count, carry = counts[weight.name]
             if growing is None and self.scored:
                 continue  # no gradient reached this weight
             self.carries[weight.name] = carry
-            moved += self._regrow(weight, count, growing).moved
+            report = regrow(
+                weight,
+                self.optimizer,
+                count=count,
+                scores=growing,
+                generator=self.generator,
+                state_policy=self.state_policy,
+                follow=average.values,
+                regrow_dropped=self.regrow_dropped,
+            )
+            if average.topology is not None and average.topology is not weight.topology:
+                average.topology.rewrite(report.slots, report.rows, report.cols)
+            moved += report.moved
         return {"moved": moved, "drop": self.fraction(self.steps)}
 
     def fraction(self, step: int) -> float:
@@ -134,43 +156,26 @@ class DynamicMethod(Method):
         None where this step's gradients are not finite."""
         raise NotImplementedError
 
-    def _regrow(self, weight: SparseWeight, count: int, candidates: Candidates | None) -> RegrowReport:
-        report = regrow(
-            weight,
-            self.optimizer,
-            count=count,
-            scores=candidates,
-            generator=self.generator,
-            state_policy=self.state_policy,
-            follow=self._shadows(weight),
-            regrow_dropped=self.regrow_dropped,
-        )
-        copy = self._copy_of(weight)
-        if copy is not None and copy.topology is not weight.topology:
-            copy.topology.rewrite(report.slots, report.rows, report.cols)
-        return report
-
     # The average
 
-    def _copy_of(self, weight: SparseWeight) -> SparseWeight | None:
-        """The same weight in an EMA that is a copy of the model."""
-        if not isinstance(self.ema, nn.Module):
-            return None
-        mine, theirs = sparse_weights(self.model), sparse_weights(self.ema)
-        if [w.values.shape for w in mine] != [w.values.shape for w in theirs]:
-            raise ValueError(f"{type(self).__name__}: ema must be a copy of the model; its sparse weights differ.")
-        return theirs[[w.name for w in mine].index(weight.name)]
+    def _averages(self) -> list[_Average]:
+        """What has to follow each weight, in the order of `self.weights`.
 
-    def _shadows(self, weight: SparseWeight) -> list[Tensor]:
-        """The averages of a weight's values. Looked up at each regrow: a dict's tensors may be replaced meanwhile."""
+        Looked up at each regrow, since the tensors of a dict may be replaced meanwhile.
+        """
         if self.ema is None:
-            return []
-        copy = self._copy_of(weight)
-        if copy is not None:
-            return [copy.values]
+            return [_Average([]) for _ in self.weights]
+        if isinstance(self.ema, nn.Module):
+            mine, theirs = sparse_weights(self.model), sparse_weights(self.ema)
+            if [weight.values.shape for weight in mine] != [weight.values.shape for weight in theirs]:
+                raise ValueError(f"{type(self).__name__}: ema must be a copy of the model; its sparse weights differ.")
+            copies = {weight.name: copy for weight, copy in zip(mine, theirs, strict=True)}
+            found = [copies[weight.name] for weight in self.weights]
+            return [_Average([copy.values], copy.topology) for copy in found]
         if isinstance(self.ema, Mapping):
-            return [self.ema[name] for name, p in self.model.named_parameters() if p is weight.values]
-        return [self.ema.shadow_of(weight.values)]
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+            return [_Average([self.ema[names[id(weight.values)]]]) for weight in self.weights]
+        return [_Average([self.ema.shadow_of(weight.values)]) for weight in self.weights]
 
     # State
 
