@@ -55,6 +55,31 @@ int64_t block_sddmm_workspace_bytes(const BlockIndex& w, int64_t positions, int6
 int block_sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
                 int64_t positions, int64_t threads, void* workspace);
 
+// Unstructured linear, fp32, blocks 1 x 1; otherwise as above. `runs` is the derived index of one orientation: a list
+// of the runs of nonzeros that share a row (a column) and a tile of columns (of rows).
+
+// Length in int32 of the derived index; a function of out, in and nnzb alone.
+int64_t unstructured_runs_ints(const BlockIndex& w, bool transposed);
+
+// Writes runs from crow and col, or transposed from ccol and row_t.
+int64_t unstructured_derive_workspace_bytes(const BlockIndex& w, bool transposed);
+int unstructured_derive(const BlockIndex& w, bool transposed, int32_t* runs, void* workspace);
+
+// y [positions, out] = x [positions, in] * W' + bias
+int64_t unstructured_spmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const float* x, int64_t ldx,
+                      const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace);
+
+// dx [positions, in] = dy [positions, out] * W, through the transposed runs
+int64_t unstructured_spmm_t_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int unstructured_spmm_t(const BlockIndex& w, const int32_t* runs_t, const float* values, const float* dy, int64_t ldy,
+                        float* dx, int64_t ldx, int64_t positions, int64_t threads, void* workspace);
+
+// dvalues [nnzb] = dy' [out, positions] * x [positions, in] at the active positions
+int64_t unstructured_sddmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
+int unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const float* dy, int64_t ldy, const float* x,
+                       int64_t ldx, float* dvalues, int64_t positions, int64_t threads, void* workspace);
+
 // ---- CPU: GRU (csrc/cpu/gru.cpp) ------------------------------------------------------------------------------------
 //
 // One layer, one or two directions, with torch.nn.GRU's equations and gate order (r, z, n):

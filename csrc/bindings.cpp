@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
 
     bind_cpu(m);
     bind_linear_block(m);
+    bind_linear_unstructured(m);
     bind_gru(m);
     bind_cuda(m);
 }

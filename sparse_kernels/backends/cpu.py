@@ -1,12 +1,13 @@
 """The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
 
-Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_gru` the fused GRU. This file says what is
-served and calls them.
+Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_unstructured` that of 1x1 blocks,
+`_cpu_gru` the fused GRU. This file says what is served and calls them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch.nn import functional as F
 
 from .. import _native
 from ..patterns import Block, Unstructured
-from ..topology import WeightIndex
-from . import _cpu_block, _cpu_gru
+from ..topology import Deriver, WeightIndex
+from . import _cpu_block, _cpu_gru, _cpu_unstructured
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
 
 # Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
@@ -39,9 +40,10 @@ class CpuBackend(Backend):
             return None
         if op != "linear":
             return f"it has no {op} kernels"
-        if pattern == Unstructured():
-            return "it has no unstructured kernels"
         return None
+
+    def deriver(self, op: str, pattern: Block) -> Deriver | None:
+        return _cpu_unstructured.RunsDeriver() if op == "linear" and pattern == Unstructured() else None
 
     def spmm(
         self,
@@ -53,7 +55,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if conv is not None:
             raise self._missing("convolution")
-        return _cpu_block.spmm(x, values, index, bias)
+        return _linear(index).spmm(x, values, index, bias)
 
     def spmm_t(
         self,
@@ -65,12 +67,12 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if conv is not None:
             raise self._missing("convolution")
-        return _cpu_block.spmm_t(dy, values, index)
+        return _linear(index).spmm_t(dy, values, index)
 
     def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is not None:
             raise self._missing("convolution")
-        return _cpu_block.sddmm(dy, x, index)
+        return _linear(index).sddmm(dy, x, index)
 
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         # Every block is wanted, so dense products of row panels are the fastest kernel there is.
@@ -121,6 +123,10 @@ class CpuBackend(Backend):
 
     def gru_reserve_shape(self, batch: int, steps: int, hidden: int, directions: int) -> list[int]:
         return _cpu_gru.gru_reserve_shape(batch, steps, hidden, directions)
+
+
+def _linear(index: WeightIndex) -> ModuleType:
+    return _cpu_unstructured if index.pattern == Unstructured() else _cpu_block
 
 
 register(CpuBackend())
