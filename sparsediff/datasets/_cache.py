@@ -1,6 +1,6 @@
 """Where downloads and prepared drawings are kept, and the file format of the latter.
 
-The folder is, in this order: the `cache` argument (`--data` on the command line), the environment variable
+The folder is, in this order: the `cache` argument, the environment variable
 `SPARSEDIFF_DATA`, the user's cache folder. Downloads lie in `<folder>/<data set>/`, prepared drawings in
 `<folder>/prepared/`.
 
@@ -71,7 +71,7 @@ def save(path: Path, data: StrokeData) -> None:
             Path(temporary).unlink(missing_ok=True)
         warnings.warn(
             f"{data.name}: prepared drawings cannot be kept in {path.parent} ({error}); every start will prepare them "
-            f"again. Point {ENVIRONMENT} or --data to a folder that can be written to.",
+            f"again. Point {ENVIRONMENT} to a folder that can be written to.",
             stacklevel=2,
         )
 

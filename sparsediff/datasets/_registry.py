@@ -181,7 +181,9 @@ def _request(
     if category is not None and not dataset.has_categories:
         raise DataError(f"{dataset.name}: has no categories; got category={category!r}. Leave it out.")
     if dataset.needs_path and path is None:
-        raise DataError(f"{dataset.name}: has no place of its own: give the file with path= (--data-path).")
+        raise DataError(
+            f"{dataset.name}: has no place of its own: give the file with path= (--data on the command line)."
+        )
     preparation = Preparation(**{**dataset.preparation, **{k: v for k, v in options.items() if k in fields}})
     return Request(
         None if path is None else Path(path).expanduser(),

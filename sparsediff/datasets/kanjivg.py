@@ -50,7 +50,7 @@ class KanjiVG(Dataset):
         except importlib.metadata.PackageNotFoundError:
             raise DataError(
                 "kanjivg: the package with the characters is not installed: pip install kanjivg, or give a folder of "
-                "KanjiVG's *.svg files with path=."
+                "KanjiVG's *.svg files with path= (--data)."
             ) from None
         folder = Path(str(package.locate_file("kanji")))
         return Source((folder,), f"KanjiVG, PyPI package kanjivg {package.version}", {"kanjivg": package.version})

@@ -64,13 +64,13 @@ class MNIST(Dataset):
                     request.folder / (file + ".gz"),
                     known_hash=f"md5:{md5}",
                     remedy=f"Without network, put {', '.join(f + '.gz' for f in FILES)} in {request.folder}, or give "
-                    "a folder or an .npz of MNIST with path=.",
+                    "a folder or an .npz of MNIST with path= (--data).",
                 )
             path = request.folder
         if not is_mnist(path):
             raise DataError(
                 f"{path}: expected an .npz of MNIST, or a folder with {next(iter(FILES))} (or …gz); found neither. "
-                "Give one with path=."
+                "Give one with path= (--data)."
             )
         return Source((path,), "MNIST, thinned and traced", {**fingerprint(path), "from": "mnist"}, "mnist")
 

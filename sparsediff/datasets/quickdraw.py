@@ -42,7 +42,7 @@ class QuickDraw(Dataset):
     def locate(self, request: Request) -> Source:
         path, category = request.path, request.category
         if category is None and (path is None or path.is_dir()):
-            raise DataError(f"quickdraw: expected a category (category='cat'; all are in {CATEGORIES}); got none.")
+            raise DataError(f"quickdraw: expected a category (--category cat; all are in {CATEGORIES}); got none.")
         if path is None:
             folder, file = request.folder, f"{category}.npz"
             path = download(
@@ -50,7 +50,7 @@ class QuickDraw(Dataset):
                 folder / file,
                 known_hash=None,
                 remedy=f"Is {category!r} a category of {CATEGORIES}? Without network, fetch {ADDRESS + quote(file)} "
-                f"elsewhere and put it in {folder}, or give a file with path=.",
+                f"elsewhere and put it in {folder}, or give a file with path= (--data).",
             )
         elif path.is_dir():
             found = [path / name.format(category) for name in _NAMES if (path / name.format(category)).is_file()]
@@ -73,7 +73,7 @@ class QuickDraw(Dataset):
         arrays = load_npz(path)
         if "points" in arrays:
             if category is None:
-                raise DataError(f"{path}: holds many categories: choose one with category=.")
+                raise DataError(f"{path}: holds many categories: choose one with category= (--category).")
             return flat_category(path, arrays, category, complaints)
         return from_npz(path, arrays, request.options["start"], complaints)
 

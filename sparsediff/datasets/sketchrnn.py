@@ -31,7 +31,7 @@ class SketchRNN(Dataset):
         path = request.path
         if path is None or not path.is_file():
             raise DataError(
-                f"{path}: expected a sketch-rnn .npz file; there is none. Give an existing file with path=."
+                f"{path}: expected a sketch-rnn .npz file; there is none. Give an existing file with path= (--data)."
             )
         return Source((path,), f"sketch-rnn file {path.name}", fingerprint(path))
 

@@ -41,9 +41,7 @@ class VMNIST(Dataset):
         if is_mnist(path):
             return self._traced(request)
         if not path.exists():
-            raise DataError(
-                f"{path}: expected a folder of VMNIST's pickles; there is none. Give an existing one with path=."
-            )
+            raise DataError(f"{path}: expected a folder of VMNIST's pickles; none there. Give one with path= (--data).")
         return Source((path,), f"VMNIST pickles, {path.name}", fingerprint(path), "pickles")
 
     def _traced(self, request: Request) -> Source:
