@@ -48,7 +48,7 @@ def build_diffusion(config: TrainConfig) -> Diffusion:
     return Diffusion(SCHEDULES[config.schedule](config.timesteps, config.beta_start, config.beta_end))
 
 
-def build_dense_model(config: TrainConfig) -> nn.Module:
+def build_dense_model(config: TrainConfig) -> Any:
     """The dense model of the settings, its weights drawn from the seed."""
     return MODELS.get(config.model)(
         config.hidden,
@@ -77,6 +77,7 @@ def build_model(config: TrainConfig, generator: torch.Generator | None = None) -
         allocation=config.allocation,
         rescale=config.rescale,
         generator=generator,
+        example_inputs=model.example_inputs() if config.allocation == "flops" else None,
     )
     return model, plan
 

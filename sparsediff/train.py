@@ -220,13 +220,14 @@ def train(run: Run) -> int:
         clock = time.perf_counter()
         while run.step < last and run.seconds < budget and not interrupted:
             done = run.training_step()
-            now = time.perf_counter()
-            run.seconds, clock = run.seconds + now - clock, now
             record: dict[str, Any] = {"method": done} if done else {}
             if run.step % config.log_every == 0:
-                record |= {"epoch": run.batches.epoch, "loss": run.mean_loss(), "seconds": round(run.seconds, 4)}
+                record |= {"epoch": run.batches.epoch, "loss": run.mean_loss()}  # waits for the device
                 bar.set_postfix(loss=f"{record['loss']:.4f}", epoch=record["epoch"], refresh=False)
+            now = time.perf_counter()
+            run.seconds += now - clock
             if record:
+                record["seconds"] = round(run.seconds, 4)
                 metrics.write(run.step, **record)
             if config.sample_every and run.step % config.sample_every == 0:
                 save_grid(run)
@@ -234,7 +235,7 @@ def train(run: Run) -> int:
                 metrics.sync()
                 run.save()
             bar.update()
-            clock += time.perf_counter() - now  # sampling and saving are not training
+            clock = time.perf_counter()  # sampling and saving are not training
         metrics.sync()
         run.save()
     if interrupted:

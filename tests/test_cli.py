@@ -41,6 +41,24 @@ def test_dry_run_shows_every_value(preset: str, tmp_path: Path, capsys: pytest.C
     assert not out.exists()
 
 
+@pytest.mark.parametrize("allocation", ["erk", "uniform", "flops"])
+def test_dry_run_shows_the_plan(allocation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--dry-run",
+        "--method",
+        "rigl",
+        "--sparsity",
+        "0.75",
+        "--pattern",
+        "block:16x16",
+        "--allocation",
+        allocation,
+    ]
+    assert cli.main(["train", "chirodiff-kanjivg", *options]) == 0
+    total = capsys.readouterr().out.splitlines()[-1].split()
+    assert total[:2] == ["total", "413,304"] and 0.749 < float(total[2]) < 0.751 and total[-1] == allocation
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -48,9 +66,14 @@ def test_dry_run_shows_every_value(preset: str, tmp_path: Path, capsys: pytest.C
         (["sample", "nowhere"], 1, "no checkpoint in nowhere"),
         (["train", "chirodiff-kanjivg", "--dry-run", "--device", "cuda:99"], 1, "device 'cuda:99' does not exist"),
         (["train", "chirodiff-kanjivg", "--dry-run", "--device", "abacus"], 1, "device must be like"),
+        (
+            ["train", "chirodiff-kanjivg", "--dry-run", "--method", "static", "--pattern", "17x4"],
+            1,
+            "sides must be one of",
+        ),
         (["train", "chirodiff-vmnist", "--data", "nowhere.pkl"], 1, "nowhere.pkl"),
     ],
-    ids=["command", "checkpoint", "cuda", "device", "data"],
+    ids=["command", "checkpoint", "cuda", "device", "pattern", "data"],
 )
 def test_errors(args: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(args) == code

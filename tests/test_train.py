@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_run import configured, drawings
 
+from sparse_kernels.nn import sparse_weights
 from sparsediff import checkpoint
 from sparsediff.build import load_model
 from sparsediff.ema import EMA
@@ -77,7 +78,7 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path, settings: dict[str, 
 
 def command(out: Path, settings: dict[str, Any]) -> list[str]:
     pairs = [f'{key}="{value}"' for key, value in settings.items()]
-    pairs += ["sample_every=1", "sample_steps=50"]  # slows it down, so that it is not done before it is killed
+    pairs += ["sample_every=1", "sample_steps=12"]  # slows it down, so that it is not done before it is killed
     return [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(out), *pairs]
 
 
@@ -209,6 +210,20 @@ def test_ema_warms_up_to_its_decay() -> None:
     assert ema.shadow_of(parameter) is next(ema.model.parameters()) and not ema.shadow_of(parameter).requires_grad
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         EMA(model, decay=1.0)
+
+
+@pytest.mark.parametrize("method", ["rigl", "magran"])
+def test_the_average_follows_a_regrow(tmp_path: Path, method: str) -> None:
+    run = Run(configured(tmp_path, method=method, ema_decay=0.5), drawings())
+    moved = [run.training_step() for _ in range(4)][-1]  # regrows every 4 steps
+    assert moved is not None and moved["moved"] > 0
+    grown = 0
+    for weight, average in zip(sparse_weights(run.model), sparse_weights(run.ema.model), strict=True):
+        assert average.topology is weight.topology and average.values is run.ema.shadow_of(weight.values)
+        empty = ~weight.values.flatten(1).any(1)  # grown at this step: zero, and the average of what was there is gone
+        grown += int(empty.sum())
+        assert not average.values[empty].any() and bool(average.values[~empty].any())
+    assert grown == moved["moved"]
 
 
 def test_presets_have_the_settings_of_the_paper() -> None:

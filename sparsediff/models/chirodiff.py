@@ -92,6 +92,12 @@ class ChiroDiff(nn.Module):
         h = run_gru(self.gru, torch.cat([*features(x, self.form), time], -1), lengths, self.gru_form)
         return self.output(torch.cat([self.hidden(h), time], -1))
 
+    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of a small forward, for whoever has to see one run."""
+        device = self.time_weight.device
+        lengths = torch.full((1,), 64, dtype=torch.int32, device=device)
+        return torch.zeros(1, 64, FEATURES, device=device), torch.zeros(1, dtype=torch.long, device=device), lengths
+
 
 def features(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Position and velocity of noisy drawings `[B, T, 3]`: (2 + 3) features in the delta form, (3 + 2) in the other.
@@ -119,7 +125,8 @@ def run_gru(gru: nn.Module, x: Tensor, lengths: Tensor, form: GRUForm = "packed"
     """
     if not isinstance(gru, nn.GRU):
         return gru(x, lengths=lengths)[0]
-    if form == "packed":
+    # The padded form goes around the module's own forward, where hooks would miss it.
+    if form == "packed" or gru._forward_hooks:
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=x.shape[1])[0]
     return _padded_gru(gru, x, lengths)
