@@ -398,14 +398,27 @@ class Topology(nn.Module):
         if error is not None:
             error_msgs.append(f"{prefix[:-1]}: {error}")
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if given[0] is not None:
+            self._settle()
             self.refresh()
 
+    def _settle(self) -> None:
+        # load_state_dict(assign=True) exchanges the saved arrays for others, of another dtype or device perhaps.
+        for name in ("crow", "col", "slot"):
+            setattr(self, name, getattr(self, name).to(torch.int32))
+        for name in ("ccol", "row_t", "slot_t"):
+            if getattr(self, name).device != self.crow.device:
+                setattr(self, name, torch.empty_like(getattr(self, name), device=self.crow.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Topology:
-        before = self.crow.data_ptr() if not self.crow.is_meta else 0
+        before = self.crow
         super()._apply(fn, recurse)
-        if not self.crow.is_meta and self.crow.data_ptr() != before:
+        if before.is_meta and not self.crow.is_meta:
+            # There is no content before a state dict is loaded; until then every row is empty, not arbitrary.
+            for tensor in self.index():
+                tensor.zero_()
+        elif not self.crow.is_meta and self.crow.data_ptr() != before.data_ptr():
             self.refresh()
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from sparse_kernels import (
     SparseConv1d,
     SparseConv2d,
     SparseGRU,
+    SparseLayer,
     SparseLinear,
     Unstructured,
     backends,
     sparse_weights,
+    testing,
 )
 
 PATTERNS = [Unstructured(), Block(4, 4), Block(16, 1), Block(16, 16)]
@@ -346,19 +349,26 @@ def test_conv_takes_images_of_its_own_rank() -> None:
 # What all layers share
 
 
-def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    options = {"pattern": "4x4", "sparsity": 0.5, "dtype": dtype, "generator": generator(seed)}
+def make(
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
+    pattern: Block = Block(4, 4),  # noqa: B008 (frozen)
+    width: int = 16,
+) -> SparseLayer:
+    drawn = None if seed is None else generator(seed)
+    options = {"pattern": pattern, "sparsity": 0.5, "dtype": dtype, "generator": drawn}
     if kind == "linear":
-        return SparseLinear(16, 32, **options)
+        return SparseLinear(width, 32, **options)
     if kind == "conv1d":
-        return SparseConv1d(16, 32, 3, padding=1, **options)
+        return SparseConv1d(width, 32, 3, padding=1, **options)
     if kind == "conv2d":
-        return SparseConv2d(16, 32, 3, padding="same", **options)
-    return SparseGRU(16, 32, batch_first=True, **options)
+        return SparseConv2d(width, 32, 3, padding="same", **options)
+    return SparseGRU(width, 32, batch_first=True, **options)
 
 
-def example(kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    shape = {"conv1d": (2, 16, 5), "conv2d": (2, 16, 5, 4)}.get(kind, (2, 5, 16))
+def example(kind: str, dtype: torch.dtype = torch.float32, width: int = 16) -> Tensor:
+    shape = {"conv1d": (2, width, 5), "conv2d": (2, width, 5, 4)}.get(kind, (2, 5, width))
     return torch.randn(shape, dtype=dtype, generator=generator(9))
 
 
@@ -544,6 +554,81 @@ def test_meta_device(kind: str) -> None:
         }[kind](16, 32, pattern="4x4", sparsity=0.5)
     assert all(parameter.is_meta for parameter in layer.parameters())
     assert layer(example(kind).to("meta")) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_layer_leaves_the_meta_device_by_loading(kind: str, assign: bool) -> None:
+    source = make(kind)
+    with torch.device("meta"):
+        layer = make(kind, seed=None)
+    if not assign:
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert layer.execution == source.execution
+    for weight in sparse_weights(layer):
+        weight.topology.validate()
+    assert torch.equal(first(layer(example(kind))), first(source(example(kind))))
+
+
+@pytest.mark.parametrize("name", backends.names())
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backend_within_the_budget(kind: str, name: str, pattern: Block) -> None:
+    layer = make(kind, pattern=pattern, width=32)
+    reason = backends.why_not(name, layer.op, pattern=pattern, dtype=torch.float32, device=torch.device("cpu"))
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    layer.execution = name
+    dense, expected = layer.to_dense(), layer.to_dense().double()
+    x = example(kind, width=32)
+    results = []
+    for module, precision in ((layer, torch.float32), (expected, torch.float64), (dense, torch.float32)):
+        leaf = x.clone().to(precision).requires_grad_()
+        y = first(module(leaf))
+        y.backward(torch.randn(y.shape, generator=generator(5)).to(precision))
+        results.append([y.detach(), leaf.grad])
+    for key, values, topology in layer.sparse_items():
+        for module, result in ((expected, results[1]), (dense, results[2])):
+            grad = getattr(module, "weight" if key == "values" else key).grad
+            result.append(topology.gather(grad if grad.dim() == 2 else grad.flatten(2).transpose(1, 2).flatten(1)))
+        results[0].append(values.grad)
+    for actual, exact, torchs in zip(*results, strict=True):
+        testing.assert_within_budget(actual, exact, torchs, f"{kind} on {name}")
+
+
+def test_from_dense_takes_its_own_kind() -> None:
+    for layer, module in (
+        (SparseLinear, nn.GRU(16, 16)),
+        (SparseGRU, nn.LSTM(16, 16)),
+        (SparseConv1d, nn.Conv2d(4, 4, 1)),
+    ):
+        with pytest.raises(TypeError, match=rf"{layer.__name__}.from_dense: module must be a torch.nn"):
+            layer.from_dense(module, pattern="4x4", sparsity=0.5)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_ragged_weights_meet_their_sparsity(sparsity: float) -> None:
+    for seed in range(5):
+        layer = SparseLinear(1000, 570, pattern="16x16", sparsity=sparsity, generator=generator(seed))
+        layer.topology.validate()
+        assert layer.topology.nnzb == pytest.approx((1 - sparsity) * 36 * 63, abs=0.5)
+        assert abs(layer.topology.nnz - (1 - sparsity) * 570_000) <= 256
+        twin = SparseLinear(1000, 570, pattern="16x16", sparsity=sparsity, generator=generator(seed))
+        assert torch.equal(twin.topology.mask(), layer.topology.mask())
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        layer, x = make("linear"), example("linear")
+        model = nn.parallel.DistributedDataParallel(copy.deepcopy(layer), broadcast_buffers=False)
+        model(x).square().sum().backward()
+        layer(x).square().sum().backward()
+        for ours, alone in zip(model.parameters(), layer.parameters(), strict=True):
+            assert torch.equal(ours.grad, alone.grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from .. import ops
 from ..backends import ConvGeometry
 from ..patterns import Pattern, parse_pattern
 from ..topology import Topology
-from .init import check_cut, copy_parameter, cut, draw, fill_uniform, rescaling
+from .init import check_cut, check_kind, copy_parameter, cut, draw, fill_uniform, rescaling
 from .weights import SparseLayer
 
 Size = int | tuple[int, ...]
@@ -102,10 +102,11 @@ class SparseConv(SparseLayer):
             init: which blocks are kept: `"random"`, or `"magnitude"` for those of largest RMS.
 
         Raises:
-            ValueError: as for the class, and for an unknown `init`.
+            TypeError: `module` is of another kind. ValueError: as for the class, and for an unknown `init`.
         """
         block = parse_pattern(pattern)
         where = f"{cls.__name__}.from_dense"
+        check_kind(where, module, cls.twin)
         check_conv(where, module)
         check_cut(where, module.out_channels, module.in_channels, block)
         weight = module.weight

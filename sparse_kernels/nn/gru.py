@@ -20,7 +20,7 @@ from .. import ops
 from ..allocation import check_sparsity
 from ..patterns import Block, Pattern, parse_pattern
 from ..topology import Topology
-from .init import copy_parameter, cut, draw, fill_uniform, rescaling
+from .init import check_kind, copy_parameter, cut, draw, fill_uniform, rescaling
 from .weights import SparseLayer
 
 Sparsity = float | Mapping[str, float]
@@ -127,8 +127,9 @@ class SparseGRU(SparseLayer):
             init: which blocks are kept: `"random"`, or `"magnitude"` for those of largest RMS.
 
         Raises:
-            ValueError: as for the class, and for an unknown `init`.
+            TypeError: `module` is of another kind. ValueError: as for the class, and for an unknown `init`.
         """
+        check_kind("SparseGRU.from_dense", module, nn.GRU)
         block = parse_pattern(pattern)
         wanted = _sparsities(module, block, sparsity)
         weights: dict[str, nn.Parameter] = {}

@@ -21,6 +21,12 @@ def check_cut(where: str, out: int, in_: int, pattern: Block) -> None:
         raise ValueError(f"{where}: {reason}; choose a smaller block or keep the dense layer.")
 
 
+def check_kind(where: str, module: object, kind: type[nn.Module]) -> None:
+    """Raises TypeError where `module` is not of the kind that a layer is made from."""
+    if not isinstance(module, kind):
+        raise TypeError(f"{where}: module must be a torch.nn.{kind.__name__}; got {type(module).__name__}.")
+
+
 def draw(
     out: int,
     in_: int,
@@ -31,10 +37,41 @@ def draw(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Topology:
-    """A random topology of `(1 − S)` of the blocks, rounded."""
+    """A random topology of `(1 − S)` of the blocks, rounded.
+
+    Where blocks stick out of the weight, the draw is corrected until the real elements are `(1 − S)` of the weight
+    within one block too: a few blocks of one size change places with blocks of another, each at random.
+    """
     device = torch.device(device) if device is not None else torch.get_default_device()
     nnzb = block_count(_blocks(out, in_, pattern, taps), sparsity)
-    return Topology.random(out, in_, pattern, nnzb, taps=taps, generator=generator, device=device)
+    topology = Topology.random(out, in_, pattern, nnzb, taps=taps, generator=generator, device=device)
+    if topology.crow.is_meta or (out % pattern.bh == 0 and in_ % pattern.bw == 0):
+        return topology
+    mask = topology.mask().cpu()
+    _even_out(mask, topology, generator)
+    rows, cols = mask.to(device).nonzero(as_tuple=True)
+    topology.rewrite(torch.arange(nnzb, device=rows.device), rows, cols)
+    return topology
+
+
+def _even_out(mask: Tensor, topology: Topology, generator: torch.Generator | None) -> None:
+    heights, widths = (side.cpu() for side in topology.weight_index().block_areas())
+    areas = (heights[:, None] * widths[None, :]).flatten()
+    active = mask.view(-1)
+    missing = topology.nnzb * topology.numel / areas.numel() - int(areas[active].sum())
+    where = generator.device if generator is not None else torch.device("cpu")
+    order = torch.randperm(areas.numel(), generator=generator, device=where).cpu()
+    sizes = areas.unique().tolist()
+    steps = sorted(((big - small, small, big) for small in sizes for big in sizes if big > small), reverse=True)
+    for step, small, big in steps:  # the largest exchanges first
+        leave, enter = (small, big) if missing > 0 else (big, small)
+        count = int(abs(missing) / step + 0.5)
+        leaving = order[(active & (areas == leave))[order]][:count]
+        entering = order[(~active & (areas == enter))[order]][:count]
+        count = min(leaving.numel(), entering.numel())
+        active[leaving[:count]] = False
+        active[entering[:count]] = True
+        missing -= count * (enter - leave)
 
 
 def cut(

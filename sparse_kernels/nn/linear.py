@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..patterns import Pattern, parse_pattern
 from ..topology import Topology
-from .init import check_cut, copy_parameter, cut, draw, fill_uniform, rescaling
+from .init import check_cut, check_kind, copy_parameter, cut, draw, fill_uniform, rescaling
 from .weights import SparseLayer
 
 
@@ -90,8 +90,9 @@ class SparseLinear(SparseLayer):
             init: which blocks are kept: `"random"`, or `"magnitude"` for those of largest RMS.
 
         Raises:
-            ValueError: as for the class, and for an unknown `init`.
+            TypeError: `module` is of another kind. ValueError: as for the class, and for an unknown `init`.
         """
+        check_kind(f"{cls.__name__}.from_dense", module, nn.Linear)
         block = parse_pattern(pattern)
         check_cut(f"{cls.__name__}.from_dense", module.out_features, module.in_features, block)
         topology, values = cut(

@@ -37,6 +37,7 @@ class SparseLayer(nn.Module):
         self._execution = ""
         self._why = ""
         self._taps: dict[str, Tensor] = {}
+        self.register_load_state_dict_post_hook(_after_load)
 
     def sparse_items(self) -> Iterator[tuple[str, nn.Parameter, Topology]]:
         """`(key, values, topology)` of every sparse weight of this layer, in a fixed order."""
@@ -79,7 +80,8 @@ class SparseLayer(nn.Module):
         """A tensor that has the layer's dtype and device."""
         return next(values for _, values, _ in self.sparse_items())
 
-    def _resolve(self) -> None:
+    def _resolve(self, loaded: bool = True) -> None:
+        """Settles the backend, and gives its index buffers to the topologies where these have their content."""
         probe = self._probe()
         if self._requested == AUTO:
             self._execution, self._why = backends.choose(
@@ -89,7 +91,7 @@ class SparseLayer(nn.Module):
             self._execution, self._why = self._requested, "asked for"
             if backends.why_not(self._execution, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device):
                 return  # the op raises the reason; this backend's index buffers have no place here
-        if probe.is_meta:
+        if not loaded or probe.is_meta:
             return
         deriver = backends.get(self._execution).deriver(self.op, self.pattern)
         if deriver is not None:
@@ -97,15 +99,16 @@ class SparseLayer(nn.Module):
                 topology.attach(deriver)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
-        before = (self._probe().device, self._probe().dtype)
+        device, dtype = self._probe().device, self._probe().dtype
         self._taps.clear()
         # Derived buffers belong to a backend of the old device, which must not be asked to refill them on the new one.
         for _, _, topology in self.sparse_items():
             if _device_after(fn, topology.crow) != topology.crow.device:
                 topology.release()
         super()._apply(fn, recurse)
-        if (self._probe().device, self._probe().dtype) != before:
-            self._resolve()
+        now = self._probe()
+        if (now.device, now.dtype) != (device, dtype):
+            self._resolve(loaded=device.type != "meta")
         return self
 
     def _summary(self) -> str:
@@ -149,6 +152,10 @@ class SparseLayer(nn.Module):
                 error = "values and index are loaded together; the state dict has only one of them"
             if error is not None:
                 yield f"{path}: {error}"
+
+
+def _after_load(layer: SparseLayer, _: Any) -> None:
+    layer._resolve()  # a state dict may have been assigned, which brings its own dtype and device
 
 
 def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
