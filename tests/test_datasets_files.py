@@ -68,6 +68,18 @@ def test_sketchrnn_rows_come_back(start: str, tmp_path: Path) -> None:
     assert data.train.labels.tolist() == ["train/0", "train/1", "train/2"]
 
 
+@pytest.mark.parametrize(("shift", "start"), [(0, "line"), (200, "move")])
+def test_the_meaning_of_row_0_is_seen_from_the_positions(shift: int, start: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    items = [np.concatenate([rng.integers(-20, 20, (7, 2)), np.eye(7)[:, 6:]], axis=1) for _ in range(20)]
+    for item in items:
+        item[0, :2] += shift  # absolute positions on a canvas
+    path = tmp_path / "x.npz"
+    np.savez(path, train=objects(items))
+    auto, told = (datasets.load("sketchrnn", path=path, start=s, **PLAIN) for s in ("auto", start))
+    assert auto.train.fingerprint() == told.train.fingerprint()
+
+
 def test_a_file_without_splits_is_split(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, train=objects([stroke3(8, i) for i in range(40)]))
@@ -115,9 +127,11 @@ def test_sketchrnn_wrong_files(tmp_path: Path) -> None:
 
 def test_the_real_kanji_file(tmp_path: Path) -> None:
     data = datasets.load("sketchrnn", path=shared("kanji.rdp100.npz"), resample=None, cache=tmp_path)
+    # Row 0 is a line: taken so, and only so, the strokes begin where those of KanjiVG's SVG files do.
+    assert len(data.train.points) == 388_350
     assert [len(data.split(s)) for s in datasets.SPLITS] == [10_358, 600, 500]
     assert not data.provenance["dropped"]
-    assert data.train.lengths.mean() == pytest.approx(36.5, abs=0.1)
+    assert data.train.lengths.mean() == pytest.approx(37.5, abs=0.1)
     again = datasets.load("sketchrnn", path=shared("kanji.rdp100.npz"), resample=None, cache=tmp_path)
     assert again.train.fingerprint() == data.train.fingerprint()
 

@@ -1,8 +1,10 @@
 """The stroke-3 format of sketch-rnn: rows (dx, dy, lift), as lists of arrays in an `.npz` or as one flat array.
 
-Row 0 moves the pen to the first point of the drawing and draws nothing, as in sketch-rnn's own renderer (the files of
-KanjiVG and of Quick, Draw! agree: taken as a line it would be a segment that their simplification had removed). Files
-that leave the first point out instead, so that row 0 is the first line, are read with `start="line"`.
+Two conventions for row 0 are in use. Where drawings had their first point moved to the origin and left out, it is the
+first line ("line": KanjiVG's file, whose strokes then equal those of its SVG files). Where it holds the absolute
+position of the first point, it draws nothing ("move": the simplified drawings of Quick, Draw!). "auto" decides for a
+whole file: positions on a canvas are never negative, while drawings relative to their first point go left of it or
+above it sooner or later.
 
 Source: Ha and Eck, "A Neural Representation of Sketch Drawings", 2017; magenta's sketch_rnn/utils.py.
 """
@@ -26,7 +28,7 @@ def from_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]], start: str, com
     Args:
         path: for messages.
         arrays: its content.
-        start: "move" or "line", what row 0 means.
+        start: "auto", "move" or "line": what row 0 means.
         complaints: receives items that are no `(n, 3)` arrays of numbers.
 
     Raises:
@@ -78,7 +80,7 @@ def from_flat(
         labels: n names.
         splits: see `Drawings`.
         where: names drawing i for messages.
-        start: "move" or "line", what row 0 means.
+        start: "auto", "move" or "line": what row 0 means.
         complaints: receives empty drawings and impossible values.
     """
     points = points.astype(np.float64)
@@ -110,6 +112,9 @@ def from_flat(
     xy = total - np.repeat(before, np.diff(new), axis=0)
     last = points[:, 2] == 1
     last[new[1:] - 1] = True
+    if start == "auto":
+        lowest = np.minimum.reduceat(xy, new[:-1]).min(axis=1) if len(xy) else np.zeros(1)
+        start = "move" if (lowest >= 0).mean() >= 0.99 else "line"
     if start == "line":
         xy = np.insert(xy, new[:-1], 0.0, axis=0)
         last = np.insert(last, new[:-1], False)

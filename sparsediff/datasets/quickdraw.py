@@ -36,7 +36,10 @@ class QuickDraw(Dataset):
     name = "quickdraw"
     summary = "one category of Quick, Draw! (category=; downloads sketch-rnn's .npz, or give .npz/.ndjson with path=)"
     licence = "CC BY 4.0, Google (the Quick, Draw! dataset)"
-    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"start": ("move", "line"), "recognized_only": (False, True)}
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "start": ("auto", "move", "line"),
+        "recognized_only": (False, True),
+    }
     has_categories = True
 
     def locate(self, request: Request) -> Source:

@@ -24,7 +24,7 @@ class SketchRNN(Dataset):
     name = "sketchrnn"
     summary = "any sketch-rnn .npz file (give it with path=)"
     licence = "that of the file"
-    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"start": ("move", "line")}
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"start": ("auto", "move", "line")}
     needs_path = True
 
     def locate(self, request: Request) -> Source:
