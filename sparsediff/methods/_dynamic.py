@@ -107,7 +107,7 @@ class DynamicMethod(Method):
             return {"postponed": self.postponed}
         self.pending = False
         self.regrows += 1
-        moved = 0
+        reports = []
         for weight, growing, average in zip(self.weights, candidates, self._averages(), strict=True):
             count, carry = counts[weight.name]
             if growing is None and self.scored:
@@ -125,7 +125,11 @@ class DynamicMethod(Method):
             )
             if average.topology is not None and average.topology is not weight.topology:
                 average.topology.rewrite(report.slots, report.rows, report.cols)
-            moved += report.moved
+            reports.append(report)
+        moved = sum(report.slots.numel() for report in reports)
+        returned = [report.kept.sum() for report in reports if report.kept is not None]
+        if returned:
+            moved -= int(_on_one_device(returned).sum())
         return {"moved": moved, "drop": self.fraction(self.steps)}
 
     def fraction(self, step: int) -> float:
@@ -237,4 +241,8 @@ def _end(name: str, t_end: int | float, total_steps: int | None) -> float:
 
 def all_true(flags: Sequence[Tensor]) -> bool:
     """Whether all of some bool `[]` hold, at one synchronisation."""
-    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+    return not flags or bool(_on_one_device(flags).all())
+
+
+def _on_one_device(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
