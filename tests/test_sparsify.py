@@ -358,7 +358,7 @@ class Body(nn.Module):
         ([nn.Sequential, "gru.weight_ih*"], {"gru.weight_hh_l0", "decoder"}),
         (["decoder.weight"], {"encoder.0", "encoder.1", "gru.weight_ih_l0", "gru.weight_hh_l0"}),
     ],
-    ids=str,
+    ids=["name", "prefix", "globs", "type", "type and weights", "weight"],
 )
 def test_exclude(exclude: object, left: set[str]) -> None:
     model = Body()
