@@ -159,18 +159,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, h0, lengths, weights, biases, score_taps, tapped, index, meta, _, backend = inputs
     y, _, reserve = output
     ctx.mark_non_differentiable(reserve)
+    ctx.set_materialize_grads(False)  # or every backward would fill zeros of the reserve's size, several times y's
     ctx.save_for_backward(x, h0, lengths, *weights, *biases, y, reserve, *index)
     ctx.counts = len(weights), len(biases)
     ctx.tapped, ctx.meta, ctx.backend = tapped, meta, backend
     ctx.dtypes = h0.dtype, [w.dtype for w in weights], [b.dtype for b in biases], [t.dtype for t in score_taps]
 
 
-def _backward(ctx: Any, dy: Tensor, dh_n: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Any, ...]:
     weight_count, bias_count = ctx.counts
     x, h0, lengths, *rest = ctx.saved_tensors
     weights, rest = rest[:weight_count], rest[weight_count:]
     biases, rest = rest[:bias_count], rest[bias_count:]
     y, reserve, *index = rest
+    dy = torch.zeros_like(y) if dy is None else dy
+    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
     need_dx = bool(ctx.needs_input_grad[0])
     grads = _gru_backward(
         dy, dh_n, x, h0, lengths, weights, biases, y, reserve, ctx.tapped, index, ctx.meta, need_dx, ctx.backend
