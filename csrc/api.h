@@ -35,6 +35,10 @@ const char* isa_name();
 // multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
 int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
 
+// Asks the operating system to back a buffer by pages of 2 MiB, where it can: fresh memory is then zeroed a large page at
+// a time instead of faulting every 4 KiB. Only a hint.
+void advise_huge_pages(void* buffer, int64_t bytes);
+
 // Block-CSR linear, fp32, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any
 // row stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
 // the padding of dvalues as zero, and do not depend on what they or the workspace held. Results repeat bit for bit;

@@ -29,6 +29,9 @@ void bind_cpu(py::module_& m) {
         },
         py::arg("name"), "Use another instruction set from now on, for tests and benchmarks.");
     m.def(
+        "advise_huge_pages", [](addr buffer, int64_t bytes) { advise_huge_pages(ptr<void>(buffer), bytes); },
+        py::arg("buffer"), py::arg("bytes"), "Ask for 2 MiB pages behind a buffer; a hint.");
+    m.def(
         "peak_fma_gflops",
         [](double seconds, int64_t threads) {
             double gflops = 0;

@@ -15,6 +15,12 @@ from .._native import native
 from ..topology import WeightIndex
 from .registry import GruGrads, GruWeight
 
+# Buffers from this size on ask for large pages: the C library returns buffers of this kind to the system when they are
+# freed, so without it every step would fault all of them in anew, 4 KiB at a time (measured: half a step at S=.9).
+LARGE_BYTES = 2 << 20
+
+BYTES = torch.empty(0, dtype=torch.uint8)
+
 # `(dy [P, out], x [P, in], index) -> [row_blocks, col_blocks]`: a backend's `block_scores`.
 BlockScores = Callable[[Tensor, Tensor, WeightIndex], Tensor]
 
@@ -51,13 +57,13 @@ def gru_forward(
     x, h0, lengths = _rows(x), h0.contiguous(), _lengths(lengths)
     directions, batch, hidden = h0.shape
     steps = x.shape[1]
-    y = x.new_empty(batch, steps, directions * hidden)
+    y = _empty(x, batch, steps, directions * hidden)
     h_n = torch.empty_like(h0)
-    reserve = x.new_empty(gru_reserve_shape(batch, steps, hidden, directions) if save else 0)
+    reserve = _empty(x, *(gru_reserve_shape(batch, steps, hidden, directions) if save else [0]))
     held = _Held(x, weights, biases)
     layer = held.layer(x, h0, lengths, reserve if save else None)
     threads = torch.get_num_threads()
-    workspace = _workspace(native().gru_forward_workspace_bytes(layer, threads))
+    workspace = _empty(BYTES, native().gru_forward_workspace_bytes(layer, threads))
     status = native().gru_forward(layer, y.data_ptr(), h_n.data_ptr(), workspace.data_ptr(), threads)
     _check(status, lengths, steps)
     return y, h_n, reserve
@@ -93,14 +99,14 @@ def gru_backward(
     directions, batch, hidden = h0.shape
     steps = x.shape[1]
     scored = [wanted and w.index is not None for wanted, w in zip(want_scores, weights, strict=True)]
-    dx = x.new_empty(x.shape if need_dx else 0)
+    dx = _empty(x, *(x.shape if need_dx else [0]))
     dh0 = torch.empty_like(h0)
     # What the native code leaves out are positions past a sequence's length.
     dgates = [x.new_zeros(directions, batch, steps, 3 * hidden) for _ in range(2)] if any(scored) else []
     held = _Held(x, weights, biases, grads=True)
     layer = held.layer(x, h0, lengths, reserve)
     threads = torch.get_num_threads()
-    workspace = _workspace(native().gru_backward_workspace_bytes(layer, threads))
+    workspace = _empty(BYTES, native().gru_backward_workspace_bytes(layer, threads))
     status = native().gru_backward(
         layer,
         y.data_ptr(),
@@ -181,8 +187,12 @@ def _lengths(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int32).contiguous()
 
 
-def _workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(shape)`, in large pages where it is large."""
+    tensor = like.new_empty(shape)
+    if tensor.nbytes >= LARGE_BYTES:
+        native().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def _check(status: int, lengths: Tensor | None, steps: int) -> None:
