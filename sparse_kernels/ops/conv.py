@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..backends.reference import memory_format
@@ -19,13 +20,14 @@ from ..backends.registry import ConvGeometry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
-    NAMESPACE,
     check_bias,
     check_tap,
     check_values,
+    define,
+    dtype_of,
     empty,
-    optional,
     register_autocast,
+    register_autograd,
     score_dtype,
 )
 
@@ -58,8 +60,7 @@ def _output_shape(x: Tensor, shape: Sequence[int], geometry: Sequence[int]) -> l
     return [x.shape[0], shape[0], *_geometry(geometry).output_size(x.shape[2], x.shape[3])]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d", mutates_args=())
-def _conv2d(
+def _forward(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
@@ -74,8 +75,7 @@ def _conv2d(
     return _in_format(y, x, _output_shape(x, shape, geometry))
 
 
-@_conv2d.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     values: Tensor,
     bias: Any,
@@ -88,8 +88,7 @@ def _(
     return _like(x, _output_shape(x, shape, geometry))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_backward", mutates_args=())
-def _conv2d_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -111,8 +110,7 @@ def _conv2d_backward(
     return dx, dvalues, dbias, scores
 
 
-@_conv2d_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -132,38 +130,43 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, score_tap, index, shape, geometry, backend = inputs
-    ctx.save_for_backward(x, values, *index)
-    ctx.shape, ctx.geometry, ctx.backend = shape, geometry, backend
-    ctx.dtypes = (
-        values.dtype,
-        bias.dtype if bias is not None else None,
-        score_tap.dtype if score_tap is not None else None,
-    )
+_conv2d = define(
+    "conv2d(Tensor x, Tensor values, Tensor? bias, Tensor? score_tap, Tensor[] index, int[] shape, int[] geometry,"
+    " str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_conv2d_backward = define(
+    "conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] shape, int[] geometry, bool[] needs,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, *index = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
-    grads = _conv2d_backward(dy, x, values, index, ctx.shape, ctx.geometry, needs, ctx.backend)
-    dx, dvalues, dbias, scores = grads
-    values_dtype, bias_dtype, tap_dtype = ctx.dtypes
-    return (
-        optional(dx, needs[0]),
-        optional(dvalues.to(values_dtype), needs[1]),
-        optional(dbias.to(bias_dtype), needs[2]),
-        optional(scores.to(tap_dtype), needs[3]),
-        [None] * len(index),
-        None,
-        None,
-        None,
-    )
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.rest = rest
+        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
+        return forward(x, values, bias, tap, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, values = ctx.saved_tensors
+        index, shape, geometry, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[1:5])
+        dx, *others = _conv2d_backward(dy, x, values, index, shape, geometry, needs, backend)
+        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
+        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
+        return None, *wanted, None, None, None, None
 
 
-_conv2d.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_conv2d, _Autograd.apply)
 register_autocast(
-    _conv2d, "conv2d", "conv", lambda x, values, bias, tap, index, shape, geometry, backend: Block(shape[3], shape[4])
+    _conv2d, "conv", lambda x, values, bias, tap, index, shape, geometry, backend: Block(shape[3], shape[4])
 )
 
 

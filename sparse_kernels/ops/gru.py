@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..backends.registry import GruWeight
 from ..patterns import Block, Unstructured
 from ..topology import Topology, WeightIndex
 from .common import (
-    NAMESPACE,
     check_bias,
     check_floating,
     check_tap,
     check_values,
+    define,
     empty,
     register_autocast,
+    register_autograd,
     score_dtype,
 )
 
@@ -55,8 +57,7 @@ def _unpack(weights: Sequence[Tensor], index: Sequence[Tensor], meta: Sequence[i
     return unpacked
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gru", mutates_args=())
-def _gru(
+def _forward(
     x: Tensor,
     h0: Tensor,
     lengths: Tensor | None,
@@ -77,8 +78,7 @@ def _gru(
     return run.gru_forward(x, h0.to(x.dtype), lengths, _unpack(weights, index, meta), biases, save)
 
 
-@_gru.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     h0: Tensor,
     lengths: Any,
@@ -97,8 +97,7 @@ def _(
     return x.new_empty(batch, steps, directions * hidden), x.new_empty(h0.shape), x.new_empty(reserve)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gru_backward", mutates_args=())
-def _gru_backward(
+def _backward(
     dy: Tensor,
     dh_n: Tensor,
     x: Tensor,
@@ -123,8 +122,7 @@ def _gru_backward(
     return [dx, grads.h0, *grads.weights, *grads.biases, *[s for s in grads.scores if s is not None]]
 
 
-@_gru_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor,
     dh_n: Tensor,
     x: Tensor,
@@ -155,52 +153,66 @@ def _(
     ]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, h0, lengths, weights, biases, score_taps, tapped, index, meta, _, backend = inputs
-    y, _, reserve = output
-    ctx.mark_non_differentiable(reserve)
-    ctx.set_materialize_grads(False)  # or every backward would fill zeros of the reserve's size, several times y's
-    ctx.save_for_backward(x, h0, lengths, *weights, *biases, y, reserve, *index)
-    ctx.counts = len(weights), len(biases)
-    ctx.tapped, ctx.meta, ctx.backend = tapped, meta, backend
-    ctx.dtypes = h0.dtype, [w.dtype for w in weights], [b.dtype for b in biases], [t.dtype for t in score_taps]
+_gru = define(
+    "gru(Tensor x, Tensor h0, Tensor? lengths, Tensor[] weights, Tensor[] biases, Tensor[] score_taps, bool[] tapped,"
+    " Tensor[] index, int[] meta, bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_gru_backward = define(
+    "gru_backward(Tensor dy, Tensor dh_n, Tensor x, Tensor h0, Tensor? lengths, Tensor[] weights, Tensor[] biases,"
+    " Tensor y, Tensor reserve, bool[] tapped, Tensor[] index, int[] meta, bool need_dx, str backend) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Any, ...]:
-    weight_count, bias_count = ctx.counts
-    x, h0, lengths, *rest = ctx.saved_tensors
-    weights, rest = rest[:weight_count], rest[weight_count:]
-    biases, rest = rest[:bias_count], rest[bias_count:]
-    y, reserve, *index = rest
-    dy = torch.zeros_like(y) if dy is None else dy
-    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
-    need_dx = bool(ctx.needs_input_grad[0])
-    grads = _gru_backward(
-        dy, dh_n, x, h0, lengths, weights, biases, y, reserve, ctx.tapped, index, ctx.meta, need_dx, ctx.backend
-    )
-    h0_dtype, weight_dtypes, bias_dtypes, tap_dtypes = ctx.dtypes
-    dx, dh0, *grads = grads
-    dtypes = [*weight_dtypes, *bias_dtypes, *tap_dtypes]
-    cast = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
-    return (
-        dx if need_dx else None,
-        dh0.to(h0_dtype),
-        None,
-        cast[:weight_count],
-        cast[weight_count : weight_count + bias_count],
-        cast[weight_count + bias_count :],
-        None,
-        [None] * len(index),
-        None,
-        None,
-        None,
-    )
+class _Autograd(torch.autograd.Function):
+    # Weights, biases and taps come flattened: autograd does not look into lists.
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Any, x: Tensor, h0: Tensor, lengths: Any, rest: Any, counts: Any, *flat: Tensor
+    ) -> Any:
+        weights, biases, taps = _split(flat, counts)
+        y, h_n, reserve = forward(x, h0, lengths, weights, biases, taps, *rest)
+        ctx.mark_non_differentiable(reserve)
+        ctx.set_materialize_grads(False)  # or every backward would fill zeros of the reserve's size, several times y's
+        ctx.save_for_backward(x, h0, lengths, y, reserve, *weights, *biases)
+        ctx.rest, ctx.counts = rest, counts
+        ctx.dtypes = [h0.dtype, *[tensor.dtype for tensor in flat]]
+        return y, h_n, reserve
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, _: Any) -> tuple[Any, ...]:
+        x, h0, lengths, y, reserve, *flat = ctx.saved_tensors
+        dy = torch.zeros_like(y) if dy is None else dy
+        dh_n = torch.zeros_like(h0) if dh_n is None else dh_n
+        weights, biases, _ = _split(flat, (ctx.counts[0], ctx.counts[1], 0))
+        tapped, index, meta, _, backend = ctx.rest
+        need_dx = ctx.needs_input_grad[1]
+        dx, *others = _gru_backward(
+            dy, dh_n, x, h0, lengths, weights, biases, y, reserve, tapped, index, meta, need_dx, backend
+        )
+        dh0, *grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
+        return None, dx if need_dx else None, dh0, None, None, None, *grads
 
 
-_gru.register_autograd(_backward, setup_context=_setup_context)
+def _split(flat: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    first, second = counts[0], counts[0] + counts[1]
+    return list(flat[:first]), list(flat[first:second]), list(flat[second:])
+
+
+def _apply(
+    forward: Any, x: Tensor, h0: Tensor, lengths: Any, weights: Any, biases: Any, taps: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = len(weights), len(biases), len(taps)
+    return _Autograd.apply(forward, x, h0, lengths, rest, counts, *weights, *biases, *taps)
+
+
+register_autograd(_gru, _apply)
 register_autocast(
     _gru,
-    "gru",
     "gru",
     lambda x, h0, lengths, weights, biases, taps, tapped, index, meta, save, backend: _patterns(meta)[0],
 )

@@ -12,18 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
-    NAMESPACE,
     check_bias,
     check_tap,
     check_values,
+    define,
+    dtype_of,
     empty,
-    optional,
     register_autocast,
+    register_autograd,
     score_dtype,
 )
 
@@ -39,8 +41,7 @@ def _backend(name: str, x: Tensor, shape: Sequence[int]) -> registry.Backend:
     return registry.require(name, "linear", pattern=Block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
-def _linear(
+def _forward(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
@@ -53,13 +54,13 @@ def _linear(
     return y.reshape(*x.shape[:-1], shape[0])
 
 
-@_linear.register_fake
-def _(x: Tensor, values: Tensor, bias: Any, score_tap: Any, index: Any, shape: Sequence[int], backend: str) -> Tensor:
+def _forward_fake(
+    x: Tensor, values: Tensor, bias: Any, score_tap: Any, index: Any, shape: Sequence[int], backend: str
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_backward", mutates_args=())
-def _linear_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     values: Tensor,
@@ -80,8 +81,7 @@ def _linear_backward(
     return dx, dvalues, dbias, scores
 
 
-@_linear_backward.register_fake
-def _(
+def _backward_fake(
     dy: Tensor, x: Tensor, values: Tensor, index: Any, shape: Sequence[int], needs: Sequence[bool], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = score_dtype(x)
@@ -94,37 +94,42 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, bias, score_tap, index, shape, backend = inputs
-    ctx.save_for_backward(x, values, *index)
-    ctx.shape, ctx.backend = shape, backend
-    ctx.dtypes = (
-        values.dtype,
-        bias.dtype if bias is not None else None,
-        score_tap.dtype if score_tap is not None else None,
-    )
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, *index = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:4])
-    dx, dvalues, dbias, scores = _linear_backward(dy, x, values, index, ctx.shape, needs, ctx.backend)
-    values_dtype, bias_dtype, tap_dtype = ctx.dtypes
-    return (
-        optional(dx, needs[0]),
-        optional(dvalues.to(values_dtype), needs[1]),
-        optional(dbias.to(bias_dtype), needs[2]),
-        optional(scores.to(tap_dtype), needs[3]),
-        [None] * len(index),
-        None,
-        None,
-    )
-
-
-_linear.register_autograd(_backward, setup_context=_setup_context)
-register_autocast(
-    _linear, "linear", "linear", lambda x, values, bias, tap, index, shape, backend: Block(shape[3], shape[4])
+_linear = define(
+    "linear(Tensor x, Tensor values, Tensor? bias, Tensor? score_tap, Tensor[] index, int[] shape, str backend)"
+    " -> Tensor",
+    _forward,
+    _forward_fake,
 )
+_linear_backward = define(
+    "linear_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] shape, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.rest = rest
+        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
+        return forward(x, values, bias, tap, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, values = ctx.saved_tensors
+        index, shape, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[1:5])
+        dx, *others = _linear_backward(dy, x, values, index, shape, needs, backend)
+        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
+        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
+        return None, *wanted, None, None, None
+
+
+register_autograd(_linear, _Autograd.apply)
+register_autocast(_linear, "linear", lambda x, values, bias, tap, index, shape, backend: Block(shape[3], shape[4]))
 
 
 def linear(
