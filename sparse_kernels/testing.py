@@ -67,14 +67,15 @@ def random_values(topology: Topology, *, dtype: torch.dtype = torch.float32, see
     return topology.gather(dense / (topology.taps * topology.in_) ** 0.5).to(dtype).contiguous()
 
 
-def error_budget(expected: Tensor, dense: Tensor) -> float:
+def error_budget(expected: Tensor, dense: Tensor, roundings: int = 1) -> float:
     """The largest error that a kernel may make.
 
     Args:
         expected: the fp64 reference. dense: torch's own dense result at the kernel's precision.
+        roundings: of the largest expected element that are allowed beside that: one, or one a step of a recurrence.
 
     Returns:
-        Twice (the largest error of `dense` + one rounding of the largest expected element). In fp64 the error of
+        Twice (the largest error of `dense` + the roundings). In fp64 the error of
         `dense` cannot be seen against the reference; eight roundings stand for it.
     """
     if expected.numel() == 0:
@@ -82,16 +83,18 @@ def error_budget(expected: Tensor, dense: Tensor) -> float:
     largest = expected.abs().max().item()
     rounding = torch.finfo(dense.dtype).eps * largest
     own = 8 * rounding if dense.dtype == torch.float64 else (dense.double() - expected).abs().max().item()
-    return 2.0 * (own + rounding)
+    return 2.0 * (own + roundings * rounding)
 
 
-def assert_within_budget(actual: Tensor, expected: Tensor, dense: Tensor, what: str = "result") -> None:
+def assert_within_budget(
+    actual: Tensor, expected: Tensor, dense: Tensor, what: str = "result", *, roundings: int = 1
+) -> None:
     """Raises AssertionError where `actual` strays further from `expected` (fp64) than the budget allows."""
     assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     if expected.numel() == 0:
         return
     error = (actual.double() - expected).abs().max().item()
-    budget = error_budget(expected, dense)
+    budget = error_budget(expected, dense, roundings)
     assert error <= budget, f"{what}: error {error:.3g} exceeds the budget {budget:.3g}"
 
 

@@ -227,7 +227,7 @@ def test_gru(
         results[kind] |= {f"db{k}": b.grad for k, b in enumerate(b_leaves)}
         results[kind] |= {f"scores{k}": t.grad for k, t in enumerate(taps) if t is not None}
     for what, expected in results["expected"].items():
-        testing.assert_within_budget(results["actual"][what], expected, results["dense"][what], what)
+        testing.assert_within_budget(results["actual"][what], expected, results["dense"][what], what, roundings=steps)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -314,7 +314,10 @@ def test_opcheck(backend: str) -> None:
         x, h0 = leaf(normal(2, 3, 5)), leaf(normal(1, 2, 8))
         leaves = [leaf(w) for w in weights], [leaf(b) for b in biases]
         arguments = (x, h0, lengths, *leaves, [tap], [True, False], index, meta, True, backend)
-        torch.library.opcheck(torch.ops.sparse_kernels.gru.default, arguments)
+        # Under AOT dispatch opcheck compares every output, and the reserve has elements that nobody writes or reads;
+        # test_compile_fullgraph covers that path.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.sparse_kernels.gru.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
