@@ -1,6 +1,7 @@
 """Truly sparse layers for training: block-CSR weights behind autograd ops and torch.nn-like layers."""
 
-from . import backends, nn, ops, regrow
+# Submodules are not in __all__: after `import *`, nn must still be torch.nn.
+from . import backends, nn, ops, regrow  # noqa: F401
 from .allocation import allocate
 from .nn import (
     Plan,
@@ -30,12 +31,8 @@ __all__ = [
     "Topology",
     "Unstructured",
     "allocate",
-    "backends",
     "densify",
-    "nn",
-    "ops",
     "parse_pattern",
-    "regrow",
     "sparse_weights",
     "sparsify",
 ]

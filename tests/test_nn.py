@@ -454,6 +454,16 @@ def test_dtype_moves(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_device_moves_forget_what_belongs_to_the_old_device(kind: str) -> None:
+    layer = make(kind)
+    layer.to("meta")
+    assert layer.execution == "densified"
+    for weight in sparse_weights(layer):
+        assert len(weight.topology.index("cpu")) == 6
+    assert first(layer(example(kind).to("meta"))).is_meta
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_execution_by_name(kind: str) -> None:
     layer = make(kind)
     layer.execution = "reference"

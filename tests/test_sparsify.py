@@ -475,6 +475,7 @@ def test_plan_prints_and_serialises() -> None:
     data = json.loads(json.dumps(plan.to_json()))
     assert data["nonzeros"] == plan.nonzeros and data["rows"][0]["layer"] == "gru.weight_ih_l0"
     assert plan.numel == 96 * 32 * 2 + 96
+    assert len(plan) == 4 and [row.layer for row in plan] == [row["layer"] for row in data["rows"]]
 
 
 def test_a_sparse_model_saves_and_loads() -> None:
@@ -492,7 +493,7 @@ def test_a_sparse_model_saves_and_loads() -> None:
     assert torch.equal(one.gru(x)[0], two.gru(x)[0])
 
 
-def test_ema_copies_and_meta_models() -> None:
+def test_meta_models() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(64, 64), nn.GRU(64, 64))
     plan = sparsify(model, sparsity=0.9, pattern="4x4")
@@ -505,3 +506,34 @@ def test_a_whole_model_compiles_without_a_break() -> None:
     x = torch.randn(2, 16, 4, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_inductor_computes_the_same() -> None:
+    class Everything(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv2d, self.conv1d = nn.Conv2d(16, 16, 3, padding=1), nn.Conv1d(16, 16, 3, padding="same")
+            self.gru = nn.GRU(16, 16, 2, batch_first=True, bidirectional=True)
+            self.linear = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.conv1d(torch.relu(self.conv2d(x)).flatten(2)))
+            return self.linear(self.gru(y.transpose(1, 2))[0])
+
+    model, x = Everything(), torch.randn(2, 16, 4, 4)
+    sparsify(model, sparsity=0.5, pattern="4x4")
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *[parameter.grad.clone() for parameter in model.parameters()]])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_a_star_import_leaves_torch_nn_alone() -> None:
+    names: dict[str, object] = {}
+    exec("from torch import nn\nfrom sparse_kernels import *", names)
+    assert names["nn"] is nn and names["SparseLinear"] is SparseLinear

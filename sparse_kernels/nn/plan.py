@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,6 +65,12 @@ class Plan:
     def sparsity(self) -> float:
         """Fraction of the counted weights that is absent."""
         return 1.0 - self.nonzeros / self.numel if self.numel else 0.0
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-ready objects."""
