@@ -7,34 +7,14 @@ elements and more, 1.65 times density for unstructured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from bench.harness import Row, compare
-from sparse_kernels import Topology
+from sparsediff.accounting import training_bytes
 from sparsediff.presets import PRESETS
 from sparsediff.train import Run, load_data
-
-
-def distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def training_bytes(run: Run) -> dict[str, int]:
-    """What training the model keeps, by kind."""
-    topologies = [module for module in run.model.modules() if isinstance(module, Topology)]
-    states = [value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return {
-        "parameters": distinct_bytes(run.model.parameters()),
-        "gradients": distinct_bytes(p.grad for p in run.model.parameters() if p.grad is not None),
-        "optimizer": distinct_bytes(states),
-        "ema": distinct_bytes(run.ema.model.parameters()),
-        "index": distinct_bytes(buffer for topology in topologies for buffer in topology.buffers()),
-    }
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -45,7 +25,7 @@ def run(quick: bool) -> Iterator[Row]:
     def measured(**changes: object) -> tuple[Run, dict[str, int]]:
         run = Run(dataclasses.replace(settings, **changes), data)  # type: ignore[arg-type]
         run.training_step()
-        return run, training_bytes(run)
+        return run, training_bytes(run.model, run.optimizer, run.ema.model)
 
     whole, dense = measured(method="dense")
     total = sum(dense.values())
