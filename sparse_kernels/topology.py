@@ -54,7 +54,10 @@ class WeightIndex:
     def unpack(cls, tensors: Sequence[Tensor], shape: Sequence[int]) -> WeightIndex:
         """From the flat form that crosses the dispatcher: `[crow, col, slot, ccol, row_t, slot_t, *derived]` and
         `[out, in, taps, bh, bw]`."""
-        return cls(*tensors[:INDEX_TENSORS], tuple(tensors[INDEX_TENSORS:]), *shape)
+        crow, col, slot, ccol, row_t, slot_t = tensors[:INDEX_TENSORS]
+        out, in_, taps, bh, bw = shape
+        derived = tuple(tensors[INDEX_TENSORS:])
+        return cls(crow, col, slot, ccol, row_t, slot_t, derived, out, in_, taps, bh, bw)
 
     @property
     def nnzb(self) -> int:

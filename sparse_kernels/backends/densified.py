@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..patterns import Block
 from ..topology import WeightIndex
@@ -55,7 +56,7 @@ class DensifiedBackend(DenseWeightBackend):
         weight = index.scatter(values.to(dy.dtype))
         if conv is None or x_like is None:
             return dy @ weight
-        dx = torch.nn.grad.conv2d_input(
+        dx = conv2d_input(
             list(x_like.shape), conv_weight(weight, index, conv), dy, conv.stride, conv.padding, conv.dilation
         )
         return dx.contiguous(memory_format=memory_format(x_like))
@@ -64,7 +65,7 @@ class DensifiedBackend(DenseWeightBackend):
         if conv is None:
             return dy.T @ x
         shape = [index.out, index.in_, *conv.kernel]
-        grad = torch.nn.grad.conv2d_weight(x, shape, dy, conv.stride, conv.padding, conv.dilation)
+        grad = conv2d_weight(x, shape, dy, conv.stride, conv.padding, conv.dilation)
         return grad.permute(0, 2, 3, 1).reshape(index.out, index.taps * index.in_)
 
 
