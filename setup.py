@@ -23,8 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-AVX2 = "-mavx2 -mfma -mbmi2"
-ISAS = {"portable": ""}
+AVX2 = "-fno-exceptions -mavx2 -mfma -mbmi2"
+ISAS = {"portable": "-fno-exceptions"}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl"}
 
@@ -113,7 +113,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(manifest(target))
-        if subprocess.run(["ninja", "-C", str(folder)], check=False).returncode:
+        if subprocess.run(["ninja", "--quiet", "-C", str(folder)], check=False).returncode:
             sys.exit("compiling the native code failed; the compiler's message is above.")
 
 

@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
         sys.exit("sanitize: the sanitized module is not what Python loads")
     targets = [] if any(not argument.startswith("-") for argument in arguments) else kernel_tests()
     settings = (f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-x", "-q")
+    # A finding ends the process before pytest could print what it captured from the file descriptors.
+    settings += ("--capture=sys",)
     return python("-m", "pytest", *settings, *arguments, *targets)
 
 

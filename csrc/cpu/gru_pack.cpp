@@ -243,7 +243,7 @@ void gru_pack_tiles(GruTiles& t, const GruWeight& w, const GruGeometry& g, bool 
 void gru_unpack_tiles(const GruTiles& t, const GruWeight& w, const float* const* parts, int64_t threads) {
     const BlockIndex& i = w.index;
     const int64_t size = is_dense(w) ? i.out * i.in : i.nnzb * i.bh * i.bw;
-    std::memset(w.d_values, 0, sizeof(float) * static_cast<size_t>(size));
+    if (size > 0) std::memset(w.d_values, 0, sizeof(float) * static_cast<size_t>(size));  // an empty weight may be null
     auto sum = [&](int64_t at) {
         float total = parts[0][at];
         for (int64_t p = 1; p < threads; ++p) total += parts[p][at];
