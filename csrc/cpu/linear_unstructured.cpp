@@ -101,6 +101,13 @@ struct Stream {
     uint16_t* locals;
 };
 
+// Runs of equal length are far apart in the sorted index, so that no hardware prefetcher sees them coming.
+constexpr int64_t kPrefetch = 8;
+
+void prefetch(const int32_t* from, int32_t count) {
+    for (int32_t k = 0; k < count; k += 16) __builtin_prefetch(from + k);
+}
+
 // Writes the stream of the tiles t = first, first + step, ...
 void fill_stream(const View& w, const Runs& index, const float* values, const Stream& stream, int64_t first,
                  int64_t step) {
@@ -110,6 +117,11 @@ void fill_stream(const View& w, const Runs& index, const float* values, const St
         const int32_t base = static_cast<int32_t>(t * index.tile);
         const UnstructuredRun* runs = index.of(t);
         for (int64_t i = 0; i < index.counts[t]; ++i) {
+            if (i + kPrefetch < index.counts[t]) {
+                const UnstructuredRun& later = runs[i + kPrefetch];
+                prefetch(w.other + later.begin, later.count);
+                if (values) prefetch(w.slot + later.begin, later.count);
+            }
             const int32_t *other = w.other + runs[i].begin, *slot = w.slot + runs[i].begin;
             const int64_t count = runs[i].count, padded = round_up(count, kQuad);
             for (int64_t k = 0; k < count; ++k) locals[k] = static_cast<uint16_t>(other[k] - base);
@@ -309,6 +321,7 @@ int unstructured_sddmm(const BlockIndex& weight, const int32_t* runs, const floa
             const float* sums = plan.sums + kQuad * index.quads[t];
             const UnstructuredRun* run = index.of(t);
             for (int64_t i = 0; i < index.counts[t]; ++i, ++run) {
+                if (i + kPrefetch < index.counts[t]) prefetch(w.slot + run[kPrefetch].begin, run[kPrefetch].count);
                 for (int32_t k = 0; k < run->count; ++k) {
                     float sum = sums[k];
                     for (int64_t c = 1; c < plan.copies; ++c) sum += sums[k + c * plan.entries];
