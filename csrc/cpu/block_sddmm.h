@@ -3,7 +3,7 @@
 //
 //   A = dY, B = X; for blocks one column wide A = X, B = dY over the transposed index, so that hb >= 4 always.
 //   Both are packed by strips, [strip][positions][side], a slice of positions at a time: the slice of B stays in the
-//   second-level cache, the strips of A in the first.
+//   second-level cache, a few strips of A beside it.
 //   Register tile: IR columns of A (broadcast) x NV vectors of B; a vector is one piece of a block, or VLEN / PIECE
 //   pieces of several blocks of the same row when a block is narrower than a vector.
 #pragma once
@@ -16,7 +16,8 @@ namespace sk::SK_ISA {
 struct SddmmOperands {
     int64_t ha, hb;
     const int32_t *ptr, *idx, *slot;
-    float* out;  // [nnzb, ha, hb]
+    float* out;     // [nnzb, ha, hb]
+    int64_t first;  // strip of B that the packed slice starts with
 };
 
 typedef float float4 __attribute__((vector_size(16), may_alias));
@@ -70,7 +71,7 @@ static void sddmm_tile(const float* a, int64_t ha, const float* const* b, int64_
                        bool accumulate) {
     constexpr int kPieces = VLEN / PIECE;
     vfloat acc[IR][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < IR; ++i)
 #pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) acc[i][v] = accumulate ? load_pieces<PIECE>(out + v * kPieces, i * hb) : zero();
@@ -81,82 +82,114 @@ static void sddmm_tile(const float* a, int64_t ha, const float* const* b, int64_
         vfloat bv[NV];
 #pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) bv[v] = load_pieces<PIECE>(from + v * kPieces, o);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < IR; ++i) {
             const vfloat av = broadcast(a[i]);
 #pragma GCC unroll 12
             for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < IR; ++i)
 #pragma GCC unroll 12
         for (int v = 0; v < NV; ++v) store_pieces<PIECE>(out + v * kPieces, i * hb, acc[i][v]);
 }
 
-// Every block of row r: a is its strip [rows, ha], b the packed slice, spare a place to write IR x hb floats.
-template <int IR, int NV, int PIECE>
-static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t r, int64_t rows, bool accumulate,
-                      float* spare) {
-    constexpr int kGroup = NV * (VLEN / PIECE);
-    const int64_t per_block = s.hb / PIECE, begin = s.ptr[r] * per_block, end = s.ptr[r + 1] * per_block;
-    for (int64_t q0 = begin; q0 < end; q0 += kGroup) {
-        const float* from[kGroup];
-        float* to[kGroup];
-        for (int q = 0; q < kGroup; ++q) {
-            // Pieces beyond the row repeat its last one and are thrown away.
-            const int64_t piece = q0 + q < end ? q0 + q : end - 1;
-            const int64_t e = piece / per_block, j = piece % per_block * PIECE;
-            from[q] = b + s.idx[e] * rows * s.hb + j;
-            to[q] = q0 + q < end ? s.out + s.slot[e] * s.ha * s.hb + j : spare;
-        }
-        for (int64_t i = 0; i < s.ha; i += IR) {
-            sddmm_tile<IR, NV, PIECE>(a + i, s.ha, from, s.hb, to, rows, accumulate);
-            for (int q = 0; q < kGroup; ++q)
-                if (q0 + q < end) to[q] += IR * s.hb;
-        }
-    }
-}
-
 // Rows of A that a tile takes when the strip has enough of them.
 constexpr int kSddmmRows = SK_VLEN == 16 ? 8 : 4;
 
-template <int PIECE>
-static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t r, int64_t rows, bool accumulate,
-                      float* spare) {
-    if (s.ha >= kSddmmRows)
-        sddmm_row<kSddmmRows, 3, PIECE>(s, a, b, r, rows, accumulate, spare);
-    else if (s.ha == 4)
-        sddmm_row<4, SK_VLEN == 16 ? 6 : 3, PIECE>(s, a, b, r, rows, accumulate, spare);
-    else
-        sddmm_row<1, 8, PIECE>(s, a, b, r, rows, accumulate, spare);
+// Floats from one packed strip to the next: a cache line more than it holds, lest all strips start in the same sets.
+SK_INLINE int64_t strip_size(int64_t rows, int64_t side) { return (rows * side + 15) / 16 * 16 + 16; }
+
+// NV vectors of row r from piece q on: a is the row's strip [rows, ha], b the packed slice; pieces from `end` on repeat
+// the last one and are written to `spare`, IR x hb floats.
+template <int IR, int NV, int PIECE>
+static void sddmm_group(const SddmmOperands& s, const float* a, const float* b, int64_t q, int64_t end, int64_t rows,
+                        bool accumulate, float* spare) {
+    constexpr int kCount = NV * (VLEN / PIECE);
+    const int64_t per_block = s.hb / PIECE, strip = strip_size(rows, s.hb);
+    const float* from[kCount];
+    float* to[kCount];
+    for (int i = 0; i < kCount; ++i) {
+        const int64_t piece = smaller(q + i, end - 1), e = piece / per_block, j = piece % per_block * PIECE;
+        from[i] = b + (s.idx[e] - s.first) * strip + j;
+        to[i] = q + i < end ? s.out + s.slot[e] * s.ha * s.hb + j : spare;
+    }
+    for (int64_t i = 0; i < s.ha; i += IR) {
+        sddmm_tile<IR, NV, PIECE>(a + i, s.ha, from, s.hb, to, rows, accumulate);
+        for (int p = 0; p < kCount; ++p)
+            if (q + p < end) to[p] += IR * s.hb;
+    }
 }
 
-static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t r, int64_t rows, bool accumulate,
-                      float* spare) {
-    if (s.hb >= VLEN) sddmm_row<VLEN>(s, a, b, r, rows, accumulate, spare);
+// Blocks [begin, end) of one row, in groups of NV vectors, a remainder of 1 to NV + 1 in one or two smaller ones.
+template <int IR, int NV, int PIECE>
+static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t begin, int64_t end, int64_t rows,
+                      bool accumulate, float* spare) {
+    constexpr int kPieces = VLEN / PIECE, kHalf = (NV + 1) / 2;
+    const int64_t per_block = s.hb / PIECE;
+    int64_t q = begin * per_block, left;
+    end *= per_block;
+    for (; (left = ceil_div(end - q, kPieces)) > NV + 1 || left == NV; q += NV * kPieces)
+        sddmm_group<IR, NV, PIECE>(s, a, b, q, end, rows, accumulate, spare);
+    for (; (left = ceil_div(end - q, kPieces)) > 1; q += kHalf * kPieces)
+        sddmm_group<IR, kHalf, PIECE>(s, a, b, q, end, rows, accumulate, spare);
+    if (left > 0) {
+        if (IR == kSddmmRows && s.ha >= 2 * IR)
+            sddmm_group<2 * IR, 1, PIECE>(s, a, b, q, end, rows, accumulate, spare);
+        else
+            sddmm_group<IR, 1, PIECE>(s, a, b, q, end, rows, accumulate, spare);
+    }
+}
+
+template <int PIECE>
+static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t begin, int64_t end, int64_t rows,
+                      bool accumulate, float* spare) {
+    if (s.ha >= kSddmmRows)
+        sddmm_row<kSddmmRows, 3, PIECE>(s, a, b, begin, end, rows, accumulate, spare);
+    else if (s.ha == 4)
+        sddmm_row<4, SK_VLEN == 16 ? 6 : 3, PIECE>(s, a, b, begin, end, rows, accumulate, spare);
+    else
+        sddmm_row<1, 8, PIECE>(s, a, b, begin, end, rows, accumulate, spare);
+}
+
+// The blocks of row r in the strips [s.first, stop) of B: a is the row's strip of A, b holds those strips.
+static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t r, int64_t stop, int64_t rows,
+                      bool accumulate, float* spare) {
+    int64_t begin = s.ptr[r], end = s.ptr[r + 1];
+    while (begin < end && s.idx[begin] < s.first) ++begin;
+    while (begin < end && s.idx[end - 1] >= stop) --end;
+    if (s.hb >= VLEN) sddmm_row<VLEN>(s, a, b, begin, end, rows, accumulate, spare);
 #if SK_VLEN == 16
     else if (s.hb == 8)
-        sddmm_row<8>(s, a, b, r, rows, accumulate, spare);
+        sddmm_row<8>(s, a, b, begin, end, rows, accumulate, spare);
 #endif
 #if SK_VLEN >= 8
     else
-        sddmm_row<4>(s, a, b, r, rows, accumulate, spare);
+        sddmm_row<4>(s, a, b, begin, end, rows, accumulate, spare);
 #endif
 }
 
-// dst[strip][rows][side] = src[rows, strips * side]; columns from `cols` on are zero.
+// dst[strip][rows][side] = src[rows, strips * side], strip_size() apart; columns from `cols` on are zero.
 static void pack_strips(const float* src, int64_t ld, int64_t rows, int64_t cols, int64_t side, float* dst) {
-    if (side == 1) return transpose(src, ld, dst, rows, rows, cols);
-    for (int64_t c = 0; c < cols; c += side, dst += rows * side) {
-        const int64_t n = cols - c < side ? cols - c : side;
-        if (n == side && side >= VLEN) {
-            for (int64_t p = 0; p < rows; ++p)
-                for (int64_t j = 0; j < side; j += VLEN) store(dst + p * side + j, load(src + p * ld + c + j));
+    const int64_t strip = strip_size(rows, side);
+    if (side == 1) return transpose(src, ld, dst, strip, rows, cols);
+    // Whole rows one after the other: the order in which memory streams.
+    for (int64_t p = 0; p < rows; ++p, src += ld, dst += side) {
+        float* to = dst;
+        int64_t c = 0;
+        if (side >= VLEN) {
+            for (; c + side <= cols; c += side, to += strip)
+                for (int64_t j = 0; j < side; j += VLEN) store(to + j, load(src + c + j));
+        } else if (side == 8) {
+            for (; c + 8 <= cols; c += 8, to += strip)
+                *reinterpret_cast<float8_u*>(to) = *reinterpret_cast<const float8_u*>(src + c);
         } else {
-            for (int64_t p = 0; p < rows; ++p)
-                for (int64_t j = 0; j < side; ++j) dst[p * side + j] = j < n ? src[p * ld + c + j] : 0.0f;
+            for (; c + 4 <= cols; c += 4, to += strip)
+                *reinterpret_cast<float4_u*>(to) = *reinterpret_cast<const float4_u*>(src + c);
         }
+        if (c < cols)
+            for (int64_t j = 0; j < side; ++j) to[j] = c + j < cols ? src[c + j] : 0.0f;
     }
 }
 

@@ -1,27 +1,23 @@
 // Y[P, n] = X[P, k] * W' for a block-CSR W' [n, k] with blocks [nb, kb]: the forward product and, through the
 // transposed index, the input gradient. Included by csrc/cpu/kernels/linear_block.cpp only (see simd.h).
 //
-// Two register tilings, chosen by the block's sides:
+// Three register tilings, chosen by the block's sides:
 //
-//   direct (nb >= VLEN, kb >= 8)            panel (everything else)
-//     lanes = outputs of one block            lanes = positions
-//     12 rows x 2 vectors, or 24 x 1          X transposed to panels [k][NV * VLEN]
-//     x broadcast, W' vectors [kb][nb]        W' broadcast, x vectors; up to 8 outputs x 3 vectors
+//   wide (nb >= 2 VLEN, kb >= 8)   lanes = outputs; W' packed [kb][nb]; 12 rows x 2 vectors; x broadcast
+//   pair (nb == VLEN, kb >= 8)     lanes = VLEN / 2 outputs x 2 neighbours in k, W' packed [kb / 2][nb][2], so that a
+//                                  broadcast of two x feeds two vectors here, too; even and odd k meet at the end
+//   panel (everything else)        lanes = positions; X transposed to panels [k][NV * VLEN], W' broadcast
 //
-// An output's sum runs over its row's blocks in index order, whatever the tile, the tail or the thread.
+// wide and pair are `direct`: they read X as it lies. An output's sum runs over its row's blocks in index order,
+// whatever the tile, the tail or the thread.
 #pragma once
 
 #include "cpu/transpose.h"
 
 namespace sk::SK_ISA {
 
-SK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-SK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-SK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Rows of a register tile: as many as leave room for one row of W' and a broadcast.
-constexpr int kRows2 = SK_VLEN == 16 ? 12 : 6;
-constexpr int kRows1 = 2 * kRows2;
+// Rows of a direct tile: as many as leave room for one row of W' and a broadcast.
+constexpr int kRows = SK_VLEN == 16 ? 12 : 6;
 // Outputs of a panel tile with 3 vectors of positions.
 constexpr int kWideOutputs = SK_VLEN == 16 ? 8 : 4;
 
@@ -29,7 +25,7 @@ constexpr int kWideOutputs = SK_VLEN == 16 ? 8 : 4;
 struct SpmmOperands {
     int64_t n, k, nb, kb;             // W' [n, k] in blocks [nb, kb]
     const int32_t *ptr, *idx, *slot;  // row pointers, column blocks; slot null: weights lie in index order
-    const float* weights;             // element (i, k) of a block at i * stride_n + k * stride_k
+    const float* weights;             // panel: element (i, k) of a block at i * stride_n + k * stride_k
     int64_t stride_n, stride_k;
     const float* bias;  // [n] or null
     const float* x;     // [P, k], row stride ldx
@@ -38,80 +34,121 @@ struct SpmmOperands {
     int64_t ldy;
 };
 
-// acc += x[MR rows, kb] * w[kb, NV vectors]
-template <int MR, int NV, int UNROLL>
-SK_INLINE void direct_block(vfloat (&acc)[MR][NV], const float* x, int64_t ldx, const float* w, int64_t ldw,
-                            int64_t kb) {
-    // Three rows share a base register: base, base + ldx, base + 2 * ldx are addressing modes.
+typedef int64_t vlong __attribute__((vector_size(4 * SK_VLEN), may_alias));
+typedef int64_t long_u __attribute__((aligned(4), may_alias));
+
+// Neighbouring floats x[0], x[1] in every pair of lanes.
+SK_INLINE vfloat broadcast_pair(const float* x) {
+    return reinterpret_cast<vfloat>(vlong{} + *reinterpret_cast<const long_u*>(x));
+}
+
+// acc += x[MR rows, kb] * w[kb, 2 vectors], in steps of one k (wide) or two (pair).
+template <int MR, bool PAIR, bool FETCH>
+SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t kb,
+                            const float* next) {
+    constexpr int kStep = PAIR ? 2 : 1;
+    // Three rows share a base register: base, base + ldx, base + 2 * ldx are addressing modes. One step an iteration:
+    // an unrolled loop needs a register for each offset of each row.
     constexpr int kBases = (MR + 2) / 3;
     const float* base[kBases];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int b = 0; b < kBases; ++b) base[b] = x + 3 * b * ldx;
-    for (int64_t k0 = 0; k0 < kb; k0 += UNROLL) {
-#pragma GCC unroll 8
-        for (int k = 0; k < UNROLL; ++k) {
-            vfloat wv[NV];
-#pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) wv[v] = load(w + k * ldw + v * VLEN);
-#pragma GCC unroll 24
-            for (int i = 0; i < MR; ++i) {
-                const vfloat xv = broadcast(base[i / 3][(i % 3) * ldx + k]);
-#pragma GCC unroll 2
-                for (int v = 0; v < NV; ++v) acc[i][v] = fma(xv, wv[v], acc[i][v]);
-            }
+    for (int64_t k = 0; k < kb; k += kStep, w += ldw) {
+        if (FETCH) {
+            __builtin_prefetch(next + k * ldw);
+            __builtin_prefetch(next + k * ldw + VLEN);
         }
-#pragma GCC unroll 8
-        for (int b = 0; b < kBases; ++b) base[b] += UNROLL;
-        w += UNROLL * ldw;
+        const vfloat w0 = load(w), w1 = load(w + VLEN);
+#pragma GCC unroll 12
+        for (int i = 0; i < MR; ++i) {
+            const float* at = base[i / 3] + (i % 3) * ldx + k;
+            const vfloat xv = PAIR ? broadcast_pair(at) : broadcast(*at);
+            acc[i][0] = fma(xv, w0, acc[i][0]);
+            acc[i][1] = fma(xv, w1, acc[i][1]);
+        }
     }
 }
 
-// MR positions x NV vectors of outputs of row block r, from output o of the block on.
-template <int MR, int NV>
+// The sums of neighbouring lanes of a and b.
+SK_INLINE vfloat fold_pairs(vfloat a, vfloat b) {
+#if SK_VLEN == 16
+#define SK_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define SK_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif SK_VLEN == 8
+#define SK_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define SK_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define SK_EVEN 0, 2, 4, 6
+#define SK_ODD 1, 3, 5, 7
+#endif
+    return __builtin_shufflevector(a, b, SK_EVEN) + __builtin_shufflevector(a, b, SK_ODD);
+#undef SK_EVEN
+#undef SK_ODD
+}
+
+// MR positions x the outputs [o, o + 2 VLEN) (wide) or all outputs (pair) of row block r.
+template <int MR, bool PAIR, bool FETCH>
 static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t r, int64_t o) {
-    const int64_t first = r * a.nb + o, outputs = smaller(a.n - first, NV * VLEN);
-    if (outputs <= 0) return;
-    vfloat acc[MR][NV];
-    for (int v = 0; v < NV; ++v) {
-        const int64_t lanes = larger(0, smaller(VLEN, outputs - v * VLEN));
-        const vfloat start = a.bias ? load_first(a.bias + first + v * VLEN, lanes) : zero();
-#pragma GCC unroll 24
-        for (int i = 0; i < MR; ++i) acc[i][v] = start;
-    }
-    const int64_t block = a.nb * a.kb;
+    const int64_t first = r * a.nb + o;
+    const int64_t n0 = smaller(a.n - first, VLEN), n1 = PAIR ? 0 : larger(0, smaller(a.n - first - VLEN, VLEN));
+    if (n0 <= 0) return;
+    const vfloat bias0 = a.bias ? load_first(a.bias + first, n0) : zero();
+    const vfloat bias1 = a.bias && n1 ? load_first(a.bias + first + VLEN, n1) : zero();
+    vfloat acc[MR][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) acc[i][0] = PAIR ? zero() : bias0, acc[i][1] = PAIR ? zero() : bias1;
+    const int64_t block = a.nb * a.kb, ldw = PAIR ? 2 * VLEN : a.nb;
     const int64_t begin = a.ptr[r], end = a.ptr[r + 1];
     // Only the last block of a sorted row can stick out of W'.
     const bool ragged = begin < end && (a.idx[end - 1] + 1) * a.kb > a.k;
     for (int64_t e = begin; e < end - ragged; ++e) {
         const float* w = a.weights + (a.slot ? a.slot[e] : e) * block + o;
-        direct_block<MR, NV, 4>(acc, x + a.idx[e] * a.kb, ldx, w, a.nb, a.kb);
+        const int64_t after = e + 1 < end ? e + 1 : begin;
+        const float* next = a.weights + (a.slot ? a.slot[after] : after) * block + o;
+        direct_block<MR, PAIR, FETCH>(acc, x + a.idx[e] * a.kb, ldx, w, ldw, a.kb, next);
     }
     if (ragged) {
-        const int64_t e = end - 1, k = a.idx[e] * a.kb;
+        const int64_t e = end - 1, k = a.idx[e] * a.kb, kb = a.k - k, whole = PAIR ? kb & ~1 : kb;
         const float* w = a.weights + (a.slot ? a.slot[e] : e) * block + o;
-        direct_block<MR, NV, 1>(acc, x + k, ldx, w, a.nb, a.k - k);
+        direct_block<MR, PAIR, false>(acc, x + k, ldx, w, ldw, whole, w);
+        if (whole < kb) {
+#pragma GCC unroll 12
+            for (int i = 0; i < MR; ++i) {
+                // The second of this pair lies behind the row.
+                const float last[2] = {x[i * ldx + a.k - 1], 0.0f};
+                acc[i][0] = fma(broadcast_pair(last), load(w + whole * VLEN), acc[i][0]);
+                acc[i][1] = fma(broadcast_pair(last), load(w + whole * VLEN + VLEN), acc[i][1]);
+            }
+        }
     }
     y += first;
-    if (outputs == NV * VLEN) {
-#pragma GCC unroll 24
-        for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v) store(y + i * a.ldy + v * VLEN, acc[i][v]);
-    } else {
-#pragma GCC unroll 24
-        for (int i = 0; i < MR; ++i)
-            for (int v = 0; v < NV; ++v)
-                store_first(y + i * a.ldy + v * VLEN, acc[i][v], larger(0, smaller(VLEN, outputs - v * VLEN)));
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i, y += a.ldy) {
+        const vfloat y0 = PAIR ? fold_pairs(acc[i][0], acc[i][1]) + bias0 : acc[i][0];
+        if (n0 + n1 == (PAIR ? VLEN : 2 * VLEN)) {
+            store(y, y0);
+            if (!PAIR) store(y + VLEN, acc[i][1]);
+        } else {
+            store_first(y, y0, n0);
+            if (!PAIR) store_first(y + VLEN, acc[i][1], n1);
+        }
     }
 }
 
 // All of `rows` positions, the largest tile first.
-template <int MR, int NV>
+template <int MR, bool PAIR>
 static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows, int64_t r,
                         int64_t o) {
-    for (; rows >= MR; rows -= MR, x += MR * ldx, y += MR * a.ldy) direct_tile<MR, NV>(a, x, ldx, y, r, o);
+    // The first tile of a slice meets the weights far away, in blocks that no hardware prefetcher connects.
+    constexpr bool kFetch = !PAIR && MR == kRows;
+    if (kFetch && rows >= MR) {
+        direct_tile<MR, PAIR, kFetch>(a, x, ldx, y, r, o);
+        rows -= MR, x += MR * ldx, y += MR * a.ldy;
+    }
+    for (; rows >= MR; rows -= MR, x += MR * ldx, y += MR * a.ldy) direct_tile<MR, PAIR, false>(a, x, ldx, y, r, o);
     if constexpr (MR > 1) {
-        constexpr int kNext = MR > 12 ? 12 : MR > 8 ? 8 : MR > 4 ? 4 : MR / 2;
-        if (rows) direct_rows<kNext, NV>(a, x, ldx, y, rows, r, o);
+        constexpr int kNext = MR > 8 ? 8 : MR > 4 ? 4 : MR / 2;
+        if (rows) direct_rows<kNext, PAIR>(a, x, ldx, y, rows, r, o);
     }
 }
 
@@ -119,10 +156,24 @@ static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, floa
 static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows, int64_t r0,
                          int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
-        if (a.nb % (2 * VLEN) == 0)
-            for (int64_t o = 0; o < a.nb; o += 2 * VLEN) direct_rows<kRows2, 2>(a, x, ldx, y, rows, r, o);
+        if (a.nb == VLEN)
+            direct_rows<kRows, true>(a, x, ldx, y, rows, r, 0);
         else
-            direct_rows<kRows1, 1>(a, x, ldx, y, rows, r, 0);
+            for (int64_t o = 0; o < a.nb; o += 2 * VLEN) direct_rows<kRows, false>(a, x, ldx, y, rows, r, o);
+    }
+}
+
+// One block w [nb, kb], element (i, k) at i * stride_n + k * stride_k, one of them 1, in the order direct_block reads.
+static void pack_block(const float* w, int64_t stride_n, int64_t stride_k, int64_t nb, int64_t kb, float* packed) {
+    if (nb != VLEN) return transpose(w, stride_n, packed, nb, nb, kb);
+    if (stride_k == 1) {
+        transpose_pairs(w, stride_n, packed, 2 * VLEN, nb, kb);
+    } else {
+        for (int64_t k = 0; k < kb; k += 2) {
+            const vfloat a = load(w + k * stride_k), b = load(w + (k + 1) * stride_k);
+            store(packed + k * VLEN, interleave_low(a, b));
+            store(packed + k * VLEN + VLEN, interleave_high(a, b));
+        }
     }
 }
 

@@ -34,12 +34,11 @@ static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t ldx, int
     const int64_t n = transposed ? w.in : w.out, k = transposed ? w.out : w.in;
     SpmmPlan p;
     p.direct = nb >= VLEN && kb >= 8;
-    p.pack_weights = p.direct && !transposed;
-    const int64_t wide = nb % (2 * VLEN) == 0;
-    p.pack_x = p.direct && crowded(ldx, wide ? kRows2 : kRows1);
-    p.unit = p.direct ? kRows2 : (nb >= kWideOutputs ? 3 : nb == 4 ? 6 : 8) * VLEN;
+    p.pack_weights = p.direct && (!transposed || nb == VLEN);
+    p.pack_x = p.direct && crowded(ldx, kRows);
+    p.unit = p.direct ? kRows : (nb >= kWideOutputs ? 3 : nb == 4 ? 6 : 8) * VLEN;
     const int64_t units = ceil_div(positions, p.unit);
-    const int64_t slice = larger(1, kSliceBytes / (4 * k * p.unit));
+    const int64_t slice = larger(1, kSliceBytes / 2 / (4 * k * p.unit));
     p.tiles = smaller(units, ceil_div(ceil_div(units, slice), threads) * threads);
     p.row_parts = smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
     p.max_rows = p.tiles ? ceil_div(units, p.tiles) * p.unit : 0;
@@ -93,8 +92,8 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
     char* scratch = static_cast<char*>(workspace) + p.weight_bytes;
     if (p.pack_weights) {
         a.weights = packed, a.slot = nullptr;
-        a.stride_n = 1, a.stride_k = w.bh;
     }
+    const int32_t* order = transposed ? w.slot_t : w.slot;
     const int64_t row_blocks = ceil_div(a.n, a.nb), units = ceil_div(positions, p.unit);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
@@ -102,7 +101,7 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             const int64_t block = w.bh * w.bw;
 #pragma omp for schedule(static)
             for (int64_t e = 0; e < w.nnzb; ++e)
-                transpose(values + w.slot[e] * block, w.bw, packed + e * block, w.bh, w.bh, w.bw);
+                pack_block(values + order[e] * block, a.stride_n, a.stride_k, a.nb, a.kb, packed + e * block);
         }
         float* mine = reinterpret_cast<float*>(scratch + omp_get_thread_num() * p.task_bytes);
 #pragma omp for schedule(dynamic, 1)
@@ -130,7 +129,8 @@ struct SddmmPlan {
     bool swapped;                       // blocks one column wide: X is the broadcast side, over the transposed index
     int64_t position_parts, row_parts;  // threads
     int64_t tile_rows;                  // positions of one packed slice
-    int64_t strips;                     // rows of strips of A packed at a time
+    int64_t strips;                     // of A packed at a time
+    int64_t chunk;                      // strips of B packed at a time
     int64_t partial_bytes;              // dW of every position part but the first
     int64_t a_bytes, b_bytes, thread_bytes;
 };
@@ -139,17 +139,21 @@ static SddmmPlan plan_sddmm(const BlockIndex& w, int64_t positions, int64_t thre
     SddmmPlan p;
     p.swapped = w.bw == 1;
     const int64_t ha = p.swapped ? 1 : w.bh, hb = p.swapped ? w.bh : w.bw;
-    const int64_t cols = ceil_div(p.swapped ? w.out : w.in, hb) * hb;
+    const int64_t b_strips = ceil_div(p.swapped ? w.out : w.in, hb);
     // A part of the positions costs one more dW to add up: 256 positions pay for it.
     p.position_parts = larger(1, smaller(threads, positions / 256));
     p.row_parts = threads / p.position_parts;
     const int64_t share = ceil_div(positions, p.position_parts);
-    const int64_t limit = larger(32, smaller(256, kSliceBytes / (4 * cols)));
+    // More columns at a time mean fewer passes over A, fewer columns longer slices and so fewer passes over dW.
+    int64_t chunks = 1;
+    while ((chunks + 1) * (chunks + 1) * kSliceBytes <= 3 * w.nnzb * w.bh * w.bw) ++chunks;
+    p.chunk = ceil_div(b_strips, smaller(chunks, b_strips));
+    const int64_t limit = larger(32, smaller(256, kSliceBytes / (4 * p.chunk * hb)));
     p.tile_rows = ceil_div(share, larger(1, ceil_div(share, limit)));
-    p.strips = larger(1, 16 / ha);
+    p.strips = larger(1, 128 / ha);
     p.partial_bytes = aligned(4 * w.nnzb * w.bh * w.bw);
-    p.b_bytes = aligned(4 * p.tile_rows * cols);
-    p.a_bytes = aligned(4 * p.tile_rows * p.strips * ha);
+    p.b_bytes = aligned(4 * p.chunk * strip_size(p.tile_rows, hb));
+    p.a_bytes = aligned(4 * p.strips * strip_size(p.tile_rows, ha));
     p.thread_bytes = p.b_bytes + p.a_bytes + aligned(4 * ha * hb);
     return p;
 }
@@ -189,7 +193,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
     SddmmOperands s;
     s.ha = p.swapped ? 1 : w.bh, s.hb = p.swapped ? w.bh : w.bw;
     s.ptr = p.swapped ? w.ccol : w.crow, s.idx = p.swapped ? w.row_t : w.col, s.slot = p.swapped ? w.slot_t : w.slot;
-    const int64_t row_blocks = ceil_div(a_cols, s.ha);
+    const int64_t row_blocks = ceil_div(a_cols, s.ha), b_strips = ceil_div(b_cols, s.hb);
     char* partials = static_cast<char*>(workspace);
     char* scratch = partials + (p.position_parts - 1) * p.partial_bytes;
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -210,14 +214,20 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
                 while (r0 < row_blocks && s.ptr[r0] < w.nnzb * range / p.row_parts) ++r0;
             if (range + 1 < p.row_parts)
                 for (r1 = r0; r1 < row_blocks && s.ptr[r1] < w.nnzb * (range + 1) / p.row_parts;) ++r1;
-            for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
-                const int64_t rows = smaller(p.tile_rows, end - p0);
-                pack_strips(b + p0 * ldb, ldb, rows, b_cols, s.hb, b_packed);
-                for (int64_t r = r0; r < r1; r += p.strips) {
-                    const int64_t stop = smaller(r + p.strips, r1), first = r * s.ha;
-                    pack_strips(a + p0 * lda + first, lda, rows, smaller(stop * s.ha, a_cols) - first, s.ha, a_packed);
-                    for (int64_t i = r; i < stop; ++i)
-                        sddmm_row(mine_s, a_packed + (i - r) * rows * s.ha, b_packed, i, rows, p0 > begin, spare);
+            for (int64_t c = 0; c < b_strips; c += p.chunk) {
+                mine_s.first = c;
+                for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
+                    const int64_t rows = smaller(p.tile_rows, end - p0), first = c * s.hb;
+                    pack_strips(b + p0 * ldb + first, ldb, rows, smaller(p.chunk * s.hb, b_cols - first), s.hb,
+                                b_packed);
+                    for (int64_t r = r0; r < r1; r += p.strips) {
+                        const int64_t stop = smaller(r + p.strips, r1), from = r * s.ha;
+                        pack_strips(a + p0 * lda + from, lda, rows, smaller(stop * s.ha, a_cols) - from, s.ha,
+                                    a_packed);
+                        for (int64_t i = r; i < stop; ++i)
+                            sddmm_row(mine_s, a_packed + (i - r) * strip_size(rows, s.ha), b_packed, i, c + p.chunk,
+                                      rows, p0 > begin, spare);
+                    }
                 }
             }
         }
