@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sparse_kernels import (
@@ -524,6 +525,26 @@ def test_score_taps(kind: str) -> None:
         torch.testing.assert_close(handle.tap_scores(), expected, rtol=1e-6, atol=1e-9)
         handle.close_tap()
         assert handle.tap_scores() is None
+
+
+def test_taps_and_modes_cost_one_compiled_variant_each() -> None:
+    layer = SparseGRU(16, 32, 2, batch_first=True, bidirectional=True, dropout=0.1, pattern="16x16", sparsity=0.5)
+    x, lengths = torch.randn(4, 6, 16), torch.tensor([6, 2, 0, 4])
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    layer.eval()
+    assert torch.equal(compiled(x, lengths=lengths)[0], layer(x, lengths=lengths)[0])
+    layer.train()
+    handles = sparse_weights(layer)
+    for _ in range(3):
+        compiled(x, lengths=lengths)[0].sum().backward()
+        for handle in handles:
+            handle.open_tap()
+        compiled(x, lengths=lengths)[0].sum().backward()
+        for handle in handles:
+            assert handle.tap_scores().shape == (handle.topology.row_blocks, handle.topology.col_blocks)
+            handle.close_tap()
+    assert counter.frame_count == 3
 
 
 def test_sparse_weights_names_and_order() -> None:

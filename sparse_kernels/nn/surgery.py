@@ -73,7 +73,8 @@ def sparsify(
     Args:
         model: any module that contains such layers. A module that is used in several places becomes one sparse layer
             in all of them.
-        sparsity: S in [0, 1), the fraction of absent weights in total.
+        sparsity: S in [0, 1), the fraction of absent weights in total. It is met within one block, where a block that
+            sticks out of its weight counts as the mean of that weight's blocks.
         pattern: a `Block` or its text, `"block:16x16"` or `"unstructured"`.
         allocation: how S is spread: `"erk"`, `"uniform"` or `"flops"` (see `sparse_kernels.allocation`).
         exclude: what stays as it is, outside the total: names of modules or parameters as in `named_modules()`
