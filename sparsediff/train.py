@@ -142,10 +142,7 @@ class Run:
         """
         loss = self.loss_sum.item() / max(1, self.loss_count)
         if not math.isfinite(loss):
-            raise TrainError(
-                f"the loss became {loss} within steps {self.finite_until + 1}..{self.step}; lower --lr, "
-                "set --grad-clip, or look at the data. The checkpoint before these steps is intact."
-            )
+            raise self._diverged(f"the loss became {loss}")
         self.finite_until = self.step
         self.loss_sum.zero_()
         self.loss_count = 0
@@ -168,10 +165,21 @@ class Run:
             "loss_count": self.loss_count,
         }
 
+    def _diverged(self, what: str) -> TrainError:
+        return TrainError(
+            f"{what} within steps {min(self.finite_until + 1, self.step)}..{self.step}; lower --lr, set --grad-clip, or look at the "
+            "data. The newest checkpoint is from before."
+        )
+
     def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        if not math.isfinite(self.loss_sum.item()):
-            self.mean_loss()  # raises: the parameters are spoilt, and the checkpoint before must stay the newest
+        """Writes a checkpoint of this moment.
+
+        Raises:
+            TrainError: the loss or a parameter is not finite; the checkpoint before must stay the newest.
+        """
+        norms = torch._foreach_norm(self.parameters)
+        if not torch.stack([*norms, self.loss_sum]).isfinite().all():
+            raise self._diverged("the loss or a parameter ceased to be finite")
         self.finite_until = self.step
         folder = Path(self.config.out) / "checkpoints"
         averages = self.ema.state_dict()["parameters"]

@@ -152,19 +152,29 @@ def test_resuming_with_other_settings_says_which(tmp_path: Path) -> None:
         start(configured(tmp_path, resume=True), drawings(seed=1))
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in")
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("spoilt_at", "log_every", "message"),
+    [
+        (10, 1, r"the loss became nan within steps 11\.\.11; lower --lr"),
+        (10, 100, r"ceased to be finite within steps 9\.\.12; lower --lr"),
+        (12, 1, r"ceased to be finite within steps 12\.\.12; lower --lr"),  # the update spoilt it, the loss was fine
+    ],
+)
+def test_a_run_that_diverges_stops_with_a_sound_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt_at: int, log_every: int, message: str
+) -> None:
     step = Run.training_step
 
     def spoilt(run: Run) -> Any:
-        if run.step == 10:
+        done = step(run)
+        if run.step == spoilt_at:
             next(run.model.parameters()).data.fill_(float("nan"))
-        return step(run)
+        return done
 
     monkeypatch.setattr(Run, "training_step", spoilt)
-    with pytest.raises(TrainError, match=r"the loss became nan within steps 9\.\.12; lower --lr"):
-        start(configured(tmp_path, log_every=100), drawings())
-    assert checkpoint.load(tmp_path).step == 8  # the newest one is from before
+    with pytest.raises(TrainError, match=message):
+        start(configured(tmp_path, log_every=log_every), drawings())
+    assert checkpoint.load(tmp_path).step == 8
 
 
 def test_positions_are_running_sums() -> None:
