@@ -166,9 +166,10 @@ class Run:
         }
 
     def _diverged(self, what: str) -> TrainError:
+        first = min(self.finite_until + 1, self.step)
         return TrainError(
-            f"{what} within steps {min(self.finite_until + 1, self.step)}..{self.step}; lower --lr, set --grad-clip, or look at the "
-            "data. The newest checkpoint is from before."
+            f"{what} within steps {first}..{self.step}; lower --lr, set --grad-clip, or look at the data. "
+            "The newest checkpoint is from before."
         )
 
     def save(self) -> Path:
