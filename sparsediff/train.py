@@ -178,7 +178,7 @@ class Run:
         Raises:
             TrainError: the loss or a parameter is not finite; the checkpoint before must stay the newest.
         """
-        norms = torch._foreach_norm(self.parameters)
+        norms = torch._foreach_norm(tuple(self.parameters))
         if not torch.stack([*norms, self.loss_sum]).isfinite().all():
             raise self._diverged("the loss or a parameter ceased to be finite")
         self.finite_until = self.step
