@@ -35,8 +35,8 @@ const char* isa_name();
 // multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
 int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
 
-// Asks the operating system to back a buffer by pages of 2 MiB, where it can: fresh memory is then zeroed a large page at
-// a time instead of faulting every 4 KiB. Only a hint.
+// Asks the operating system to back a buffer by pages of 2 MiB, where it can: fresh memory is then zeroed a large page
+// at a time instead of faulting every 4 KiB. Only a hint.
 void advise_huge_pages(void* buffer, int64_t bytes);
 
 // Block-CSR linear, fp32, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any
@@ -113,12 +113,12 @@ struct GruLayer {
 };
 
 struct GruBackward {
-    const float* y;       // [batch, steps, directions * hidden], contiguous: what the forward returned
-    const float* dy;      // the same shape, unit inner stride
+    const float* y;   // [batch, steps, directions * hidden], contiguous: what the forward returned
+    const float* dy;  // the same shape, unit inner stride
     int64_t dy_batch_stride, dy_step_stride;
-    const float* dh_n;    // [directions, batch, hidden]
-    float* dx;            // [batch, steps, in], contiguous, or null
-    float* dh0;           // [directions, batch, hidden]
+    const float* dh_n;  // [directions, batch, hidden]
+    float* dx;          // [batch, steps, in], contiguous, or null
+    float* dh0;         // [directions, batch, hidden]
     // Gradients of the gates before their biases, [directions, batch, steps, 3 hidden], or null. Positions past a
     // sequence's length are not written.
     float *dgates_ih, *dgates_hh;

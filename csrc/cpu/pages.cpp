@@ -11,8 +11,8 @@ namespace sk {
 
 void advise_huge_pages(void* buffer, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Rounded outwards: a large page at the border of two buffers is as welcome, and this is a hint that changes nobody's
-    // data. Where part of the range is not mapped, the kernel says so and takes the rest.
+    // Rounded outwards: a large page at the border of two buffers is as welcome, and this is a hint that changes
+    // nobody's data. Where part of the range is not mapped, the kernel says so and takes the rest.
     constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
     const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(buffer);
     const std::uintptr_t first = address / kPage * kPage;
