@@ -33,12 +33,16 @@ def _proc(path: str, key: str) -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key), None)
 
 
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    return _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
 def _cpu() -> list[tuple[str, str]]:
     flags = (_proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features") or "").split()
-    model = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
-        ("model", f"{model}, {usable} of {os.cpu_count()} logical cores usable"),
+        ("model", f"{cpu_name()}, {usable} of {os.cpu_count()} logical cores usable"),
         ("features", " ".join(name for name in FEATURES if name in flags) or "unknown"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS)"),
     ]
