@@ -37,12 +37,12 @@ View by_row(const BlockIndex& w) { return {w.out, w.in, w.nnzb, w.crow, w.col, w
 View by_col(const BlockIndex& w) { return {w.in, w.out, w.nnzb, w.ccol, w.row_t, w.slot_t}; }
 View view(const BlockIndex& w, bool transposed) { return transposed ? by_col(w) : by_row(w); }
 
-// Columns of a tile: 64 positions of 144 columns are 36 KiB, which stays in a 48 KiB L1 beside the streams. Sparser
-// weights want longer tiles, from L2, because a run of fewer than about ten nonzeros costs more in Y than it saves in
-// X (Zen 5, one thread, 1024 x 1024, GF/s of nonzeros at 128/256/512/1024 columns: .95 126/139/129/118,
-// .98 88/108/124/131).
+// Columns of a tile. 64 positions of 144 columns are 36 KiB, which stays in a 48 KiB L1 beside the streams. Sparser
+// weights want longer tiles, from L2, because a short run costs more in Y than its X saves. Zen 5, one thread,
+// 1024 x 1024, GF/s of the nonzeros at 128/176/256/512/1024 columns: S=.5 200/192/157, S=.9 166/168/160,
+// S=.95 126/135/139/129/118, S=.98 88/96/108/124/131.
 int64_t tile_columns(int64_t rows, int64_t cols, int64_t nnz) {
-    const int64_t wanted = nnz > 0 ? 10 * rows * cols / nnz : kMaxTile;
+    const int64_t wanted = nnz > 0 ? 80 + 10 * rows * cols / nnz : kMaxTile;
     const int64_t width = std::min<int64_t>(std::max<int64_t>(wanted, 144), kMaxTile);
     return round_up(ceil_div(cols, ceil_div(cols, width)), 16);
 }
@@ -102,7 +102,7 @@ struct Stream {
 };
 
 // Runs of equal length are far apart in the sorted index, so that no hardware prefetcher sees them coming.
-constexpr int64_t kPrefetch = 8;
+constexpr int64_t kPrefetch = 12;
 
 void prefetch(const int32_t* from, int32_t count) {
     for (int32_t k = 0; k < count; k += 16) __builtin_prefetch(from + k);
