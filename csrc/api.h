@@ -109,7 +109,7 @@ struct GruLayer {
     const float* h0;           // [directions, batch, hidden]
     const int32_t* lengths;    // [batch], 0 .. steps, or null: all are `steps`
     const GruWeight* weights;  // [2 * directions]: ih, hh, (ih, hh of the reverse direction)
-    float* reserve;            // gru_reserve_floats(): written by the forward for the backward, or null
+    float* reserve;            // gru_reserve_floats(), 64-byte aligned: from the forward for the backward, or null
 };
 
 struct GruBackward {

@@ -212,7 +212,7 @@ int64_t gru_forward_workspace_bytes(const GruLayer& layer, int64_t threads) {
 }
 
 int gru_forward(const GruLayer& layer, float* y, float* h_n, void* workspace, int64_t threads) {
-    if (!valid(layer, threads)) return kInvalid;
+    if (!valid(layer, threads) || reinterpret_cast<std::uintptr_t>(layer.reserve) % 64) return kInvalid;
     GruArena arena = {static_cast<char*>(workspace)};
     Plan plan;
     take_forward(arena, layer, threads, plan);

@@ -5,6 +5,18 @@
 
 namespace sk::SK_ISA {
 
+// x within [low, high], NaN where it is NaN: the machine's minimum and maximum return their second operand then.
+SK_INLINE vfloat clamp(vfloat x, float low, float high) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_max_ps((__m512)broadcast(low), _mm512_min_ps((__m512)broadcast(high), (__m512)x));
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_max_ps((__m256)broadcast(low), _mm256_min_ps((__m256)broadcast(high), (__m256)x));
+#else
+    x = x > broadcast(high) ? broadcast(high) : x;
+    return x < broadcast(low) ? broadcast(low) : x;
+#endif
+}
+
 struct Expm1 {
     vfloat scale, part;  // exp(x) - 1 = scale * part + (scale - 1), scale a power of two
 };
@@ -13,8 +25,7 @@ struct Expm1 {
 SK_INLINE Expm1 expm1_parts(vfloat x) {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
     const vfloat shift = broadcast(12582912.0f);
-    x = x > broadcast(88.0f) ? broadcast(88.0f) : x;
-    x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
+    x = clamp(x, -87.0f, 88.0f);
     const vfloat shifted = fma(x, broadcast(1.44269504f), shift);
     const vfloat k = shifted - shift;
     vfloat r = fma(k, broadcast(-0.693359375f), x);

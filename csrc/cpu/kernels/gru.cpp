@@ -48,47 +48,61 @@ static void rows_of(const Tile& tile, T* base, int64_t stride, int64_t lanes, T*
     for (int64_t l = tile.size; l < lanes; ++l) row[l] = idle;
 }
 
-// h <- GRU cell for one step; `saved` takes r, z, n and the recurrent part of n.
+// Rows of a tile lie in as many streams as it has sequences, more than a hardware prefetcher follows: fetches rows
+// [0, active) at `offset` floats into the second-level cache, long before they are used.
+template <bool Write>
+static void prefetch_rows(const float* const* row, int64_t active, int64_t offset, int64_t cols) {
+    for (int64_t l = 0; l < active; ++l)
+        for (int64_t j = 0; j < cols; j += 16) __builtin_prefetch(row[l] + offset + j, Write, 2);
+}
+
+// h <- GRU cell for one step; `saved` takes r, z, n and the recurrent part of n, [4, hidden, lanes]. Two passes,
+// because one would chain the latencies of a sigmoid and a tanh, longer than the reorder buffer reaches; the first
+// leaves z and the argument of tanh in the panel of gates.
 template <bool Save>
-static void gates_forward(const float* gates_x, int64_t wide, const float* gates_h, float* h, int64_t hidden,
-                          int64_t lanes, int64_t active, float* saved) {
+static void gates_forward(const float* gates_x, int64_t wide, float* gates_h, float* h, int64_t hidden, int64_t lanes,
+                          int64_t active, float* saved) {
     for (int64_t l = 0; l < lanes; l += VLEN) {
         const int64_t n = active - l;
         const vint running = first_lanes(n < 0 ? 0 : n < VLEN ? n : VLEN);
         const float *xr = gates_x + l, *xz = xr + hidden * wide, *xn = xz + hidden * wide;
-        const float *hr = gates_h + l, *hz = hr + hidden * lanes, *hn = hz + hidden * lanes;
+        float *hr = gates_h + l, *hz = hr + hidden * lanes, *hn = hz + hidden * lanes;
         float* state = h + l;
-        float* save = saved + l;
+        float *save_r = saved + l, *save_z = save_r + hidden * lanes, *save_n = save_z + hidden * lanes;
+        float* save_recurrent = save_n + hidden * lanes;
         for (int64_t j = 0; j < hidden; ++j) {
             const vfloat recurrent = load(hn + j * lanes);
             const vfloat r = sigmoid(load(xr + j * wide) + load(hr + j * lanes));
             const vfloat z = sigmoid(load(xz + j * wide) + load(hz + j * lanes));
-            const vfloat c = tanh(fma(r, recurrent, load(xn + j * wide)));
-            const vfloat before = load(state + j * lanes);
-            store(state + j * lanes, select(running, fma(z, before - c, c), before));
+            store(hz + j * lanes, z);
+            store(hn + j * lanes, fma(r, recurrent, load(xn + j * wide)));
             if (Save) {
-                float* to = save + 4 * j * lanes;
-                store(to, r);
-                store(to + lanes, z);
-                store(to + 2 * lanes, c);
-                store(to + 3 * lanes, recurrent);
+                stream(save_r + j * lanes, r);
+                stream(save_z + j * lanes, z);
+                stream(save_recurrent + j * lanes, recurrent);
             }
+        }
+        for (int64_t j = 0; j < hidden; ++j) {
+            const vfloat c = tanh(load(hn + j * lanes)), z = load(hz + j * lanes), before = load(state + j * lanes);
+            store(state + j * lanes, select(running, fma(z, before - c, c), before));
+            if (Save) stream(save_n + j * lanes, c);
         }
     }
 }
 
 // dh <- the part of dL/dh(step - 1) that passes by the gates; the gates' gradients go into one step of the panel.
-static void gates_backward(const float* saved, const float* dy, const float* h_prev, int64_t wide, float* dh,
-                           const GruGeometry& g, int64_t hidden, int64_t active, float* dgates) {
-    const int64_t lanes = g.lanes;
+static void gates_backward(const float* saved, const float* next, const float* dy, const float* h_prev, int64_t wide,
+                           float* dh, const GruGeometry& g, int64_t hidden, int64_t active, float* dgates) {
+    const int64_t lanes = g.lanes, plane = hidden * lanes;
     for (int64_t l = 0; l < lanes; l += VLEN) {
         const int64_t n = active - l;
         const vint running = first_lanes(n < 0 ? 0 : n < VLEN ? n : VLEN);
         const vfloat one = broadcast(1.0f);
         for (int64_t j = 0; j < hidden; ++j) {
-            const float* from = saved + 4 * j * lanes + l;
-            const vfloat r = load(from), z = load(from + lanes), c = load(from + 2 * lanes);
-            const vfloat recurrent = load(from + 3 * lanes);
+            const float* from = saved + j * lanes + l;
+            for (int i = 0; i < 4; ++i) __builtin_prefetch(next + (i * hidden + j) * lanes + l, 0, 2);
+            const vfloat r = load(from), z = load(from + plane), c = load(from + 2 * plane);
+            const vfloat recurrent = load(from + 3 * plane);
             const vfloat before = load(dh + j * lanes + l);
             const vfloat d = before + load(dy + j * lanes + l);
             const vfloat dn = select(running, d * (one - z) * fma(-c, c, one), zero());
@@ -158,19 +172,27 @@ static void forward(const GruRun& run, int64_t direction, int64_t tile_index, co
         for (int64_t step = first; step < end; ++step) {
             const int64_t active = tile.active(step);
             const float* gates_x = s.gates_x + (step - first) * g.lanes;
+            rows_at<float>(tile, y, layer.steps * width, width, step, active, g.lanes, nullptr, to);
+            prefetch_rows<true>(to, active, 0, hidden);
+            if (step + g.chunk < tile.steps()) {
+                const int64_t next = tile.active(step + g.chunk);
+                rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step + g.chunk, next,
+                                     g.lanes, s.zeros, from);
+                prefetch_rows<false>(from, next, 0, layer.in);
+            }
             apply_strips<false>(weights.forward[1], s.h, s.gates_h, g.lanes, g.lanes / VLEN);
             if (layer.reserve)
                 gates_forward<true>(gates_x, g.wide, s.gates_h, s.h, hidden, g.lanes, active,
                                     reserve_at(run, direction, tile_index, step));
             else
                 gates_forward<false>(gates_x, g.wide, s.gates_h, s.h, hidden, g.lanes, active, s.gates_h);
-            rows_at<float>(tile, y, layer.steps * width, width, step, active, g.lanes, nullptr, to);
             store_panel<false>(s.h, g.lanes, hidden, to, active);
         }
     }
     clear_past_end(tile, y, layer.steps * width, width, layer.steps, hidden);
     rows_of<float>(tile, run.h_n + direction * layer.batch * hidden, hidden, g.lanes, nullptr, to);
     store_panel<false>(s.h, g.lanes, hidden, to, tile.size);
+    stream_fence();
 }
 
 // Adds the sums over each vector's lanes of the panel rows to partial sums [rows, VLEN].
@@ -236,6 +258,8 @@ static void backward(const GruRun& run, int64_t direction, int64_t tile_index, c
             rows_at(tile, dy, grad.dy_batch_stride, grad.dy_step_stride, step, active, g.lanes,
                     static_cast<const float*>(s.zeros), from);
             load_panel(from, g.lanes, hidden, s.dy, g.lanes);
+            if (step > 0)
+                prefetch_rows<false>(from, active, direction ? grad.dy_step_stride : -grad.dy_step_stride, hidden);
             if (step)
                 rows_at(tile, y, layer.steps * width, width, step - 1, active, g.lanes,
                         static_cast<const float*>(s.zeros), from);
@@ -243,8 +267,17 @@ static void backward(const GruRun& run, int64_t direction, int64_t tile_index, c
                 for (int64_t l = 0; l < g.lanes; ++l) from[l] = l < active ? h0 + tile.order[l] * hidden : s.zeros;
             load_panel(from, g.lanes, hidden, s.h_prev + at, g.wide);
             if (rows_h) copy_rows(from, g.lanes, hidden, s.h_rows + at * g.rows_h, g.rows_h);
-            gates_backward(reserve_at(run, direction, tile_index, step), s.dy, s.h_prev + at, g.wide, s.dh, g, hidden,
-                           active, s.dgates + at);
+            if (step > 1) prefetch_rows<false>(from, active, direction ? width : -width, hidden);
+            rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, active, g.lanes,
+                                 s.zeros, from);
+            prefetch_rows<false>(from, active, 0, layer.in);
+            if (dx) {
+                rows_at<float>(tile, dx, layer.steps * layer.in, layer.in, step, active, g.lanes, nullptr, to);
+                prefetch_rows<true>(to, active, 0, layer.in);
+            }
+            gates_backward(reserve_at(run, direction, tile_index, step),
+                           reserve_at(run, direction, tile_index, step ? step - 1 : 0), s.dy, s.h_prev + at, g.wide,
+                           s.dh, g, hidden, active, s.dgates + at);
             apply_strips<true>(weights.transposed[1], s.dgates + at, s.dh, g.lanes, g.lanes / VLEN);
             if (grad.dgates_ih) store_dgates(run, tile, s.dgates + at, step, active);
         }
