@@ -26,7 +26,7 @@ from PIL import Image
 
 from bench.harness import RESULTS, machine
 from sparsediff import checkpoint
-from sparsediff.demo import DemoConfig, drawings_of, settings
+from sparsediff.demo import DemoConfig, drawings_of, settings, settle
 from sparsediff.metrics import MetricsLog, read_metrics
 from sparsediff.presets import TrainConfig
 from sparsediff.rendering import grid, save_png
@@ -85,6 +85,7 @@ def train(name: str, minutes: float, out: Path, work: Path, limit: int | None = 
             log.write(0, run=name, seconds=0.0, validation=validation.loss(run.ema.model), parameters=stored, **about)
         point = int(run.seconds / budget * POINTS) + 1
         while run.seconds < budget:
+            settle(run, budget)
             start = time.process_time()
             run.training_step()
             run.seconds += time.process_time() - start
