@@ -1,11 +1,12 @@
 // dW[block] = A' B at the active blocks only, A [P, a] in strips of `ha` columns, B [P, b] in strips of `hb`: the
 // weight gradient. Included by csrc/cpu/kernels/linear_block.cpp only (see simd.h).
 //
-//   A = dY, B = X; for blocks one column wide A = X, B = dY over the transposed index, so that hb >= 4 always.
+//   A = dY, B = X, or the other way round over the transposed index, so that hb > 1, or hb == 1 and ha >= VLEN (thin).
 //   Both are packed by strips, [strip][positions][side], a slice of positions at a time: the slice of B stays in the
 //   second-level cache, a few strips of A beside it.
 //   Register tile: IR columns of A (broadcast) x NV vectors of B; a vector is one piece of a block, or VLEN / PIECE
-//   pieces of several blocks of the same row when a block is narrower than a vector.
+//   pieces of several blocks of the same row when a block is narrower than a vector. Thin: one vector of A, broadcasts
+//   of up to 12 columns of B.
 #pragma once
 
 #include "cpu/transpose.h"
@@ -153,13 +154,58 @@ static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, in
         sddmm_row<1, 8, PIECE>(s, a, b, begin, end, rows, accumulate, spare);
 }
 
+// out[j][VLEN rows of the block] (+)= sum over positions of a[p, those rows] * b[j][p]: columns of one strip of A.
+template <int NC>
+static void thin_tile(const float* a, int64_t ha, const float* const* b, float* const* out, int64_t rows,
+                      bool accumulate) {
+    vfloat acc[NC];
+    const float* from[NC];
+#pragma GCC unroll 12
+    for (int j = 0; j < NC; ++j) acc[j] = accumulate ? load(out[j]) : zero(), from[j] = b[j];
+    for (int64_t p = 0; p < rows; ++p) {
+        const vfloat av = load(a + p * ha);
+#pragma GCC unroll 12
+        for (int j = 0; j < NC; ++j) acc[j] = fma(av, broadcast(from[j][p]), acc[j]);
+    }
+#pragma GCC unroll 12
+    for (int j = 0; j < NC; ++j) store(out[j], acc[j]);
+}
+
+// Blocks [e, e + NC) of one row, blocks from `end` on as in sddmm_group.
+template <int NC>
+static void thin_group(const SddmmOperands& s, const float* a, const float* b, int64_t e, int64_t end, int64_t rows,
+                       bool accumulate, float* spare) {
+    const float* from[NC];
+    float* to[NC];
+    for (int j = 0; j < NC; ++j) {
+        from[j] = b + (s.idx[smaller(e + j, end - 1)] - s.first) * strip_size(rows, 1);
+        to[j] = e + j < end ? s.out + s.slot[e + j] * s.ha : spare;
+    }
+    for (int64_t i = 0; i < s.ha; i += VLEN) {
+        thin_tile<NC>(a + i, s.ha, from, to, rows, accumulate);
+        for (int j = 0; j < NC; ++j)
+            if (e + j < end) to[j] += VLEN;
+    }
+}
+
+static void thin_row(const SddmmOperands& s, const float* a, const float* b, int64_t begin, int64_t end, int64_t rows,
+                     bool accumulate, float* spare) {
+    constexpr int kColumns = 12, kFew = 4;
+    int64_t e = begin;
+    for (; e + kColumns <= end; e += kColumns) thin_group<kColumns>(s, a, b, e, end, rows, accumulate, spare);
+    for (; e < end; e += kFew) thin_group<kFew>(s, a, b, e, end, rows, accumulate, spare);
+}
+
 // The blocks of row r in the strips [s.first, stop) of B: a is the row's strip of A, b holds those strips.
 static void sddmm_row(const SddmmOperands& s, const float* a, const float* b, int64_t r, int64_t stop, int64_t rows,
                       bool accumulate, float* spare) {
     int64_t begin = s.ptr[r], end = s.ptr[r + 1];
     while (begin < end && s.idx[begin] < s.first) ++begin;
     while (begin < end && s.idx[end - 1] >= stop) --end;
-    if (s.hb >= VLEN) sddmm_row<VLEN>(s, a, b, begin, end, rows, accumulate, spare);
+    if (s.hb == 1)
+        thin_row(s, a, b, begin, end, rows, accumulate, spare);
+    else if (s.hb >= VLEN)
+        sddmm_row<VLEN>(s, a, b, begin, end, rows, accumulate, spare);
 #if SK_VLEN == 16
     else if (s.hb == 8)
         sddmm_row<8>(s, a, b, begin, end, rows, accumulate, spare);

@@ -14,7 +14,7 @@ constexpr int64_t kSliceBytes = 512 << 10;
 SK_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct SpmmPlan {
-    bool direct, pack_weights, pack_x;
+    bool direct, outer, pack_weights, pack_x;
     int64_t unit;                      // positions are dealt in multiples of it
     int64_t tiles, row_parts;          // tasks: position tiles x ranges of row blocks
     int64_t max_rows;                  // of a tile
@@ -34,18 +34,21 @@ static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t ldx, int
     const int64_t n = transposed ? w.in : w.out, k = transposed ? w.out : w.in;
     SpmmPlan p;
     p.direct = nb >= VLEN && kb >= 8;
+    p.outer = nb == 1;
     p.pack_weights = p.direct && (!transposed || nb == VLEN);
     p.pack_x = p.direct && crowded(ldx, kRows);
-    p.unit = p.direct ? kRows : (nb >= kWideOutputs ? 3 : nb == 4 ? 6 : 8) * VLEN;
+    p.unit = p.direct ? kRows : p.outer ? kOuterVectors * VLEN : (nb >= kWideOutputs ? 3 : 6) * VLEN;
     const int64_t units = ceil_div(positions, p.unit);
-    const int64_t slice = larger(1, kSliceBytes / 2 / (4 * k * p.unit));
+    const int64_t slice = larger(1, (p.direct ? kSliceBytes / 2 : kSliceBytes) / (4 * k * p.unit));
     p.tiles = smaller(units, ceil_div(ceil_div(units, slice), threads) * threads);
-    p.row_parts = smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
+    p.row_parts = p.outer ? 1 : smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
     p.max_rows = p.tiles ? ceil_div(units, p.tiles) * p.unit : 0;
     p.ldp = (k + 15) / 16 * 16 + 16;
     p.weight_bytes = p.pack_weights ? aligned(4 * w.nnzb * w.bh * w.bw) : 0;
-    p.task_bytes = p.direct ? (p.pack_x ? aligned(4 * p.max_rows * p.ldp) : 0)
-                            : aligned(4 * (k * p.max_rows + kPanelOutputs * p.unit));
+    if (p.direct)
+        p.task_bytes = p.pack_x ? aligned(4 * p.max_rows * p.ldp) : 0;
+    else
+        p.task_bytes = aligned(4 * (k * p.max_rows + (p.outer ? n : kPanelOutputs) * p.unit));
     return p;
 }
 
@@ -63,19 +66,32 @@ static void copy_rows(const float* src, int64_t src_ld, float* dst, int64_t dst_
     }
 }
 
+// The positions [p0, p1) transposed to panels [k][width].
+static void pack_panels(const SpmmOperands& a, int64_t p0, int64_t p1, int64_t width, float* panels) {
+    for (int64_t p = p0; p < p1; p += width)
+        transpose(a.x + p * a.ldx, a.ldx, panels + (p - p0) * a.k, width, smaller(width, p1 - p), a.k);
+}
+
 template <int NO, int NV>
 static void panel_task(const SpmmOperands& a, int64_t p0, int64_t p1, int64_t r0, int64_t r1, float* scratch) {
     constexpr int kWidth = NV * VLEN;
     float* out = scratch;
     float* panels = scratch + kPanelOutputs * kWidth;
-    for (int64_t p = p0; p < p1; p += kWidth)
-        transpose(a.x + p * a.ldx, a.ldx, panels + (p - p0) * a.k, kWidth, smaller(kWidth, p1 - p), a.k);
+    pack_panels(a, p0, p1, kWidth, panels);
     // Row blocks outermost: their weights stay close while every panel of the slice passes.
     const int64_t chunk = kPanelOutputs / a.nb;
     for (int64_t r = r0; r < r1; r += chunk)
         for (int64_t p = p0; p < p1; p += kWidth)
             panel_tiles<NO, NV>(a, panels + (p - p0) * a.k, out, a.y + p * a.ldy, smaller(kWidth, p1 - p), r,
                                 smaller(r1, r + chunk));
+}
+
+static void outer_task(const SpmmOperands& a, int64_t p0, int64_t p1, float* scratch) {
+    constexpr int kWidth = kOuterVectors * VLEN;
+    float* panels = scratch + a.n * kWidth;
+    pack_panels(a, p0, p1, kWidth, panels);
+    for (int64_t p = p0; p < p1; p += kWidth)
+        outer_tiles(a, panels + (p - p0) * a.k, scratch, a.y + p * a.ldy, smaller(kWidth, p1 - p));
 }
 
 static void spmm(const BlockIndex& w, bool transposed, const float* values, const float* x, int64_t ldx,
@@ -85,6 +101,8 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
     a.n = transposed ? w.in : w.out, a.k = transposed ? w.out : w.in;
     a.nb = transposed ? w.bw : w.bh, a.kb = transposed ? w.bh : w.bw;
     a.ptr = transposed ? w.ccol : w.crow, a.idx = transposed ? w.row_t : w.col, a.slot = transposed ? w.slot_t : w.slot;
+    a.ptr_k = transposed ? w.crow : w.ccol, a.idx_k = transposed ? w.col : w.row_t;
+    a.slot_k = transposed ? w.slot : w.slot_t;
     a.weights = values;
     a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
     a.bias = bias, a.x = x, a.ldx = ldx, a.y = y, a.ldy = ldy;
@@ -116,17 +134,18 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
                 direct_tiles(a, p.pack_x ? mine : rows, p.pack_x ? p.ldp : ldx, a.y + p0 * ldy, p1 - p0, r0, r1);
             } else if (a.nb >= kWideOutputs) {
                 panel_task<kWideOutputs, 3>(a, p0, p1, r0, r1, mine);
-            } else if (a.nb == 4) {
-                panel_task<4, 6>(a, p0, p1, r0, r1, mine);
+            } else if (p.outer) {
+                outer_task(a, p0, p1, mine);
             } else {
-                panel_task<1, 8>(a, p0, p1, r0, r1, mine);
+                panel_task<4, 6>(a, p0, p1, r0, r1, mine);
             }
         }
     }
 }
 
 struct SddmmPlan {
-    bool swapped;                       // blocks one column wide: X is the broadcast side, over the transposed index
+    bool thin;                          // one side is 1, the other a vector or more: lanes along it, the 1 broadcast
+    bool swapped;                       // A is X, B is dY
     int64_t position_parts, row_parts;  // threads
     int64_t tile_rows;                  // positions of one packed slice
     int64_t strips;                     // of A packed at a time
@@ -137,8 +156,9 @@ struct SddmmPlan {
 
 static SddmmPlan plan_sddmm(const BlockIndex& w, int64_t positions, int64_t threads) {
     SddmmPlan p;
-    p.swapped = w.bw == 1;
-    const int64_t ha = p.swapped ? 1 : w.bh, hb = p.swapped ? w.bh : w.bw;
+    p.thin = smaller(w.bh, w.bw) == 1 && larger(w.bh, w.bw) >= VLEN;
+    p.swapped = p.thin ? w.bh == 1 : w.bw == 1;
+    const int64_t ha = p.swapped ? w.bw : w.bh, hb = p.swapped ? w.bh : w.bw;
     const int64_t b_strips = ceil_div(p.swapped ? w.out : w.in, hb);
     // A part of the positions costs one more dW to add up: 256 positions pay for it.
     p.position_parts = larger(1, smaller(threads, positions / 256));
@@ -191,7 +211,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
     const int64_t lda = p.swapped ? ldx : ldy, ldb = p.swapped ? ldy : ldx;
     const int64_t a_cols = p.swapped ? w.in : w.out, b_cols = p.swapped ? w.out : w.in;
     SddmmOperands s;
-    s.ha = p.swapped ? 1 : w.bh, s.hb = p.swapped ? w.bh : w.bw;
+    s.ha = p.swapped ? w.bw : w.bh, s.hb = p.swapped ? w.bh : w.bw;
     s.ptr = p.swapped ? w.ccol : w.crow, s.idx = p.swapped ? w.row_t : w.col, s.slot = p.swapped ? w.slot_t : w.slot;
     const int64_t row_blocks = ceil_div(a_cols, s.ha), b_strips = ceil_div(b_cols, s.hb);
     char* partials = static_cast<char*>(workspace);
