@@ -35,6 +35,7 @@ VARIANTS = [
     pytest.param({"method": "rigl"}, id="rigl"),
     pytest.param({"method": "rigl", "pattern": "unstructured", "anneal": "cosine"}, id="rigl-unstructured"),
 ]
+SLOW_DENSE = pytest.param({"method": "dense"}, id="dense", marks=pytest.mark.slow)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -59,7 +60,7 @@ def test_a_stopped_run_continues_to_the_bit(tmp_path: Path, settings: dict[str, 
     assert [r["step"] for r in history(tmp_path / "parts")] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("settings", [VARIANTS[0], VARIANTS[4]])
+@pytest.mark.parametrize("settings", [pytest.param({"method": "rigl"}, id="rigl"), SLOW_DENSE])
 def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert start(configured(tmp_path / "whole", **settings), drawings()) == 0
     child = subprocess.Popen(command(tmp_path / "killed", settings), stderr=subprocess.DEVNULL)
