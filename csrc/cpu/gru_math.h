@@ -8,7 +8,10 @@ namespace sk::SK_ISA {
 // x within [low, high], NaN where it is NaN: the machine's minimum and maximum return their second operand then.
 SK_INLINE vfloat clamp(vfloat x, float low, float high) {
 #if defined(__AVX512F__)
-    return (vfloat)_mm512_max_ps((__m512)broadcast(low), _mm512_min_ps((__m512)broadcast(high), (__m512)x));
+    // The forms without a mask make GCC 12 warn of an uninitialised operand; a full mask costs nothing.
+    const __mmask16 all = 0xffff;
+    const __m512 capped = _mm512_maskz_min_ps(all, (__m512)broadcast(high), (__m512)x);
+    return (vfloat)_mm512_maskz_max_ps(all, (__m512)broadcast(low), capped);
 #elif defined(__AVX2__)
     return (vfloat)_mm256_max_ps((__m256)broadcast(low), _mm256_min_ps((__m256)broadcast(high), (__m256)x));
 #else
