@@ -20,7 +20,7 @@ def gather(
     n, c = x.shape[:2]
     taps = kernel[0] * kernel[1]
     columns = F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))  # [N, C·taps, H'·W']
-    return columns.view(n, c, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps * c)
+    return columns.view(n, c, taps, columns.shape[2]).permute(0, 3, 2, 1).flatten(0, 1).flatten(1)
 
 
 def scatter(
@@ -33,8 +33,10 @@ def scatter(
 ) -> Tensor:
     """The adjoint of `gather`: `[N·H'·W', R·S·C]` is summed back into `[N, C, H, W]`."""
     n, c, h, w = x_shape
+    if n == 0:
+        return rows.new_zeros(list(x_shape))
     taps = kernel[0] * kernel[1]
-    columns = rows.view(n, -1, taps, c).permute(0, 3, 2, 1).reshape(n, c * taps, -1)
+    columns = rows.view(n, -1, taps, c).permute(0, 3, 2, 1).flatten(1, 2)
     return F.fold(columns, (h, w), tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
 
 

@@ -317,6 +317,18 @@ def test_conv2d_full_and_empty(sparsity: float) -> None:
     check_conv(layer, "densified", 1, 16, 4, 4)
 
 
+@pytest.mark.parametrize("name", ["reference", "densified"])
+@pytest.mark.parametrize("sparsity", [0.5, 1.0])
+def test_conv2d_of_an_empty_batch(name: str, sparsity: float) -> None:
+    layer = SparseConv2d(8, 16, 3, padding=1, pattern="block:8x8", sparsity=sparsity)
+    layer.execution = name
+    x = torch.randn(0, 8, 5, 6, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 16, 5, 6) and x.grad is not None and x.grad.shape == x.shape
+    assert layer.values.grad is not None and not layer.values.grad.any()
+
+
 def test_conv2d_keeps_the_memory_format() -> None:
     layer = SparseConv2d(16, 32, 3, pattern="4x4", sparsity=0.5)
     x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
