@@ -358,6 +358,31 @@ def test_autocast(backend: str) -> None:
     assert values.grad is not None and values.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 8)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_another_dtype_are_cast(backend: str, pattern: Block, stored: torch.dtype) -> None:
+    require(backend, "linear", pattern, torch.float32)
+    topology = topology_for("linear", backend, testing.TOPOLOGIES["random"](24, 32, pattern, 1))
+    values, bias = leaf(testing.random_values(topology).to(stored)), leaf(normal(24).to(stored))
+    x = normal(6, 32)
+    y = ops.linear(x, values, topology, bias, backend=backend)
+    torch.testing.assert_close(y, x @ topology.scatter(values.float()).T + bias.float())
+    y.sum().backward()
+    assert values.grad is not None and values.grad.dtype == stored
+    assert bias.grad is not None and bias.grad.dtype == stored
+
+    require(backend, "gru", pattern, torch.float32)
+    weights, topologies, biases = gru_case(backend, [pattern, None], 8, 8, 1, torch.float32)
+    h0, x = normal(1, 2, 8), normal(2, 5, 8)
+    other = [leaf(t.detach().to(stored)) for t in (*weights, *biases)]
+    same = [t.detach().float() for t in other]
+    y, _ = ops.gru(x, h0, other[:2], topologies, other[2:], backend=backend)
+    torch.testing.assert_close(y, ops.gru(x, h0, same[:2], topologies, same[2:], backend=backend)[0])
+    y.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == stored for t in other)
+
+
 def test_errors_name_the_remedy() -> None:
     topology = testing.TOPOLOGIES["random"](10, 13, Block(4, 4), 1)
     values = testing.random_values(topology)

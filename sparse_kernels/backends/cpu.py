@@ -55,7 +55,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if conv is not None:
             raise self._missing("convolution")
-        return _linear(index).spmm(x, values, index, bias)
+        return _linear(index).spmm(x, values.to(x.dtype), index, None if bias is None else bias.to(x.dtype))
 
     def spmm_t(
         self,
@@ -67,7 +67,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         if conv is not None:
             raise self._missing("convolution")
-        return _linear(index).spmm_t(dy, values, index)
+        return _linear(index).spmm_t(dy, values.to(dy.dtype), index)
 
     def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is not None:
@@ -101,6 +101,7 @@ class CpuBackend(Backend):
         biases: Sequence[Tensor],
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        weights, biases = _cast(weights, biases, x.dtype)
         return _cpu_gru.gru_forward(x, h0, lengths, weights, biases, save)
 
     def gru_backward(
@@ -117,6 +118,7 @@ class CpuBackend(Backend):
         want_scores: Sequence[bool],
         need_dx: bool,
     ) -> GruGrads:
+        weights, biases = _cast(weights, biases, x.dtype)
         return _cpu_gru.gru_backward(
             dy, dh_n, x, h0, lengths, weights, biases, y, reserve, want_scores, need_dx, self.block_scores
         )
@@ -127,6 +129,13 @@ class CpuBackend(Backend):
 
 def _linear(index: WeightIndex) -> ModuleType:
     return _cpu_unstructured if index.pattern == Unstructured() else _cpu_block
+
+
+def _cast(
+    weights: Sequence[GruWeight], biases: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[GruWeight], list[Tensor]]:
+    """Weights and biases in the compute dtype: kernels read addresses and cannot tell what is stored there."""
+    return [GruWeight(w.tensor.to(dtype), w.index) for w in weights], [bias.to(dtype) for bias in biases]
 
 
 register(CpuBackend())
