@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsediff.diffusion import Diffusion, Predictor
+from sparsediff.seeds import stream_seed
 
 Noise = Callable[[], Tensor]  # the next draw for the whole batch
 
@@ -166,9 +167,9 @@ class LengthDistribution:
     def draw(self, seeds: Sequence[int]) -> list[int]:
         """One length for every seed."""
         bounds = self.counts.cumsum(0)
-        picks = [
-            torch.randint(int(bounds[-1]), (), generator=torch.Generator().manual_seed(seed + 2**32)) for seed in seeds
-        ]
+        # Not the seed itself, which the drawing's noise begins with.
+        generators = [torch.Generator().manual_seed(stream_seed(seed, "length")) for seed in seeds]
+        picks = [torch.randint(int(bounds[-1]), (), generator=generator) for generator in generators]
         return torch.searchsorted(bounds, torch.stack(picks), right=True).tolist() if picks else []
 
 

@@ -33,6 +33,7 @@ from sparsediff.metrics import MetricsLog
 from sparsediff.presets import TrainConfig, differences
 from sparsediff.rendering import grid, save_png
 from sparsediff.samplers import LengthDistribution
+from sparsediff.seeds import stream_seed
 
 STREAMS = ("topology", "diffusion", "growth")  # one generator each; the order of the data has its own seed
 
@@ -60,8 +61,10 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.generators = {
-            name: torch.Generator(self.device if name == "diffusion" else "cpu").manual_seed(config.seed + (i << 32))
-            for i, name in enumerate(STREAMS)
+            name: torch.Generator(self.device if name == "diffusion" else "cpu").manual_seed(
+                stream_seed(config.seed, name)
+            )
+            for name in STREAMS
         }
         drawings = data.train if config.form == "delta" else with_positions(data.train)
         self.batches = Batches(drawings, config.batch_size, seed=config.seed)
@@ -295,7 +298,7 @@ def describe(config: TrainConfig) -> str:
     settings = dataclasses.asdict(config)
     width = max(map(len, settings))
     device_of(config.device)
-    model, plan = build_model(config, torch.Generator().manual_seed(config.seed))
+    model, plan = build_model(config, torch.Generator().manual_seed(stream_seed(config.seed, "topology")))
     stored = sum(p.numel() for p in model.parameters())
     lines = [f"{name:<{width}}  {value}" for name, value in settings.items()]
     return "\n".join([*lines, "", f"{stored:,} parameters stored", *([str(plan)] if plan is not None else [])])

@@ -117,6 +117,13 @@ def test_a_second_interrupt_is_not_swallowed() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_random_streams_of_a_run_are_different(tmp_path: Path) -> None:
+    runs = [Run(configured(tmp_path, method="magran", seed=seed), drawings()) for seed in (0, 1, 2**32)]
+    first = [torch.rand(4, generator=generator).tolist() for run in runs for generator in run.generators.values()]
+    first += [torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)]  # of samples
+    assert len({tuple(numbers) for numbers in first}) == len(first)
+
+
 def test_it_learns(tmp_path: Path) -> None:
     config = configured(tmp_path, epochs=20, lr=2e-2, grad_clip=1.0, save_every=1000, log_every=40)
     assert start(config, drawings()) == 0
