@@ -416,7 +416,8 @@ class Topology(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Topology:
         before = self.crow
-        super()._apply(fn, recurse)
+        # Module.type() casts every buffer; an index stays what kernels read.
+        super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
         if before.is_meta and not self.crow.is_meta:
             # There is no content before a state dict is loaded; until then every row is empty, not arbitrary.
             for tensor in self.index():

@@ -215,4 +215,6 @@ def test_state_dict_is_the_row_view() -> None:
 
 def test_dtype_casts_leave_the_index_alone() -> None:
     topology = Topology.random(32, 32, Block(4, 4), 20)
-    assert all(tensor.dtype == torch.int32 for tensor in topology.half().index())
+    for cast in (topology.half(), topology.type(torch.float64), topology.double()):
+        assert all(tensor.dtype == torch.int32 for tensor in cast.index())
+    topology.validate()
