@@ -270,6 +270,12 @@ def test_gru_rejects(x: tuple, h0: tuple | None, lengths: list | None, message: 
         layer(torch.zeros(x), state, lengths=None if lengths is None else torch.tensor(lengths))
 
 
+def test_gru_lengths_are_integers() -> None:
+    layer = SparseGRU(16, 32, batch_first=True, pattern="4x4", sparsity=0.5)
+    with pytest.raises(TypeError, match=r"lengths must be integers; got torch.float32; convert with .long\(\)"):
+        layer(torch.zeros(2, 3, 16), lengths=torch.tensor([1.7, 2.0]))
+
+
 # Convolutions
 
 CONV2D_CASES = [

@@ -25,6 +25,8 @@ from .weights import SparseLayer
 
 Sparsity = float | Mapping[str, float]
 
+_LENGTHS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
 
 class SparseGRU(SparseLayer):
     """A multi-layer, optionally bidirectional GRU with sparse weights; calls and results are those of torch.nn.GRU.
@@ -207,6 +209,7 @@ class SparseGRU(SparseLayer):
 
         Raises:
             ValueError: shapes that do not match, or lengths given with a PackedSequence or unbatched input.
+            TypeError: lengths that are not integers.
         """
         if isinstance(x, PackedSequence):
             return self._packed(x, h0, lengths)
@@ -241,7 +244,10 @@ class SparseGRU(SparseLayer):
         elif list(h0.shape) != shape:
             raise ValueError(f"SparseGRU: h0 must be [D·layers, B, H] = {shape}; got {list(h0.shape)}.")
         if lengths is not None:
-            lengths = torch.as_tensor(lengths).to(x.device, torch.int32)
+            lengths = torch.as_tensor(lengths)
+            if lengths.dtype not in _LENGTHS:
+                raise TypeError(f"SparseGRU: lengths must be integers; got {lengths.dtype}; convert with .long().")
+            lengths = lengths.to(x.device, torch.int32)
         finals = []
         for layer in range(self.num_layers):
             names = [f"weight_{kind}_l{layer}{suffix}" for suffix in suffixes for kind in ("ih", "hh")]

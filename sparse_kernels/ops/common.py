@@ -54,10 +54,13 @@ def check_bias(op: str, x: Tensor, bias: Tensor | None, out: int) -> None:
 
 
 def check_tap(op: str, tap: Tensor | None, topology: Topology) -> None:
-    """Raises where a score tap is not `[row_blocks, col_blocks]`."""
-    expected = [topology.row_blocks, topology.col_blocks]
-    if tap is not None and list(tap.shape) != expected:
-        raise ValueError(f"{op}: score_tap must be [row_blocks, col_blocks] = {expected}; got {list(tap.shape)}.")
+    """Raises where a score tap is not `[row_blocks, col_blocks]` on the topology's device."""
+    expected, device = [topology.row_blocks, topology.col_blocks], topology.crow.device
+    if tap is not None and (list(tap.shape) != expected or tap.device != device):
+        raise ValueError(
+            f"{op}: score_tap must be [row_blocks, col_blocks] = {expected} on {device}; got {list(tap.shape)} on "
+            f"{tap.device}."
+        )
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -252,8 +252,10 @@ def gru(
     check_floating("gru", "h0", h0)
     if x.dim() != 3:
         raise ValueError(f"gru: x must be [B, T, F]; got {list(x.shape)}.")
-    if h0.dim() != 3 or h0.shape[1] != x.shape[0] or h0.shape[0] not in (1, 2):
-        raise ValueError(f"gru: h0 must be [D, {x.shape[0]}, H] with D = 1 or 2; got {list(h0.shape)}.")
+    if h0.dim() != 3 or h0.shape[1] != x.shape[0] or h0.shape[0] not in (1, 2) or h0.device != x.device:
+        raise ValueError(
+            f"gru: h0 must be [D, {x.shape[0]}, H] with D = 1 or 2 on {x.device}; got {list(h0.shape)} on {h0.device}."
+        )
     directions, batch, hidden = h0.shape
     if len(weights) != 2 * directions or len(topologies) != len(weights) or len(biases) not in (0, len(weights)):
         raise ValueError(
@@ -272,8 +274,12 @@ def gru(
     for k, (tensor, topology) in enumerate(zip(weights, topologies, strict=True)):
         expected = [3 * hidden, hidden if k % 2 else x.shape[2]]
         if topology is None:
-            if list(tensor.shape) != expected:
-                raise ValueError(f"gru: dense weight {k} must be {expected}; got {list(tensor.shape)}.")
+            check_floating("gru", f"dense weight {k}", tensor)
+            if list(tensor.shape) != expected or tensor.device != x.device:
+                raise ValueError(
+                    f"gru: dense weight {k} must be {expected} on {x.device}; got {list(tensor.shape)} on "
+                    f"{tensor.device}."
+                )
             meta += [0] * _META
             continue
         check_values("gru", x, tensor, topology)
