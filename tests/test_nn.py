@@ -502,10 +502,17 @@ def test_a_backend_asked_for_by_name_never_falls_back(kind: str) -> None:
         pytest.skip(f"backend 'cpu' does not serve {kind}: {layer.execution_reason}")
     layer.execution = "cpu"
     layer.double()
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this: .*; execution='reference' or 'densified'"):
         layer(example(kind, torch.float64))
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this"):
         layer.execution = "cpu"
+
+
+def test_running_densified_for_want_of_a_backend_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.get("cpu"), "why_unavailable", lambda: "it was not built; reinstall")
+    with pytest.warns(RuntimeWarning, match="linear: layers run densified.*'cpu' is unavailable: it was not built; re"):
+        layer = make("linear")
+    assert layer.execution == "densified" and "it was not built" in layer.execution_reason
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from then on. All tensors that reach a primitive have been checked by the op abo
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -202,7 +203,9 @@ def require(name: str, op: str, *, pattern: Block, dtype: torch.dtype, device: t
     """
     reason = why_not(name, op, pattern=pattern, dtype=dtype, device=device)
     if reason is not None:
-        raise RuntimeError(f"{op}: backend {name!r} cannot run this: {reason}")
+        able = [k for k in _BACKENDS if why_not(k, op, pattern=pattern, dtype=dtype, device=device) is None]
+        remedy = f"execution={' or '.join(map(repr, able))} can run it as it is" if able else "no other backend can"
+        raise RuntimeError(f"{op}: backend {name!r} cannot run this: {reason}; {remedy}.")
     return get(name)
 
 
@@ -211,13 +214,23 @@ def choose(op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device)
 
     Returns:
         The name of the first native backend that serves it, else `"densified"`; and the reason in words.
+
+    Warns:
+        RuntimeWarning: a backend that would serve it is unavailable, so that it will run at dense speed.
     """
     reasons = []
-    for name in _BACKENDS:
+    for name, backend in _BACKENDS.items():
         if name in ("reference", "densified"):
             continue
-        reason = why_not(name, op, pattern=pattern, dtype=dtype, device=device)
-        if reason is None:
+        unsupported = backend.why_unsupported(op, pattern=pattern, dtype=dtype, device=device)
+        unavailable = backend.why_unavailable()
+        if unsupported is None and unavailable is None:
             return name, "sparse kernel"
-        reasons.append(f"{name}: {reason}")
+        if unsupported is None:
+            warnings.warn(
+                f"{op}: layers run densified, at dense speed: backend {name!r} is unavailable: {unavailable}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        reasons.append(f"{name}: {unsupported or unavailable}")
     return "densified", "; ".join(reasons) or "no sparse backend is registered"
