@@ -198,7 +198,7 @@ def sample_checkpoint(
     Args:
         checkpoint: a checkpoint or a run's folder.
         n: number of drawings.
-        out: a picture, or an .npz file with points `[N, 3]` and offsets `[n + 1]`.
+        out: a .png file, or an .npz file with points `[N, 3]` and offsets `[n + 1]`.
         seed, weights, device, threads: see `load_model`; 0 threads is torch's choice.
         options: of `samplers.sample_drawings`.
 
@@ -207,6 +207,8 @@ def sample_checkpoint(
     """
     if n < 1:
         raise ValueError(f"sample: n must be at least 1; got {n}.")
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"sample: out must end in .png (a picture) or .npz (the drawings); got {str(out)!r}.")
     if threads:
         torch.set_num_threads(threads)
     run = load_model(checkpoint, weights=weights, device=device)

@@ -119,17 +119,23 @@ def find(path: Path) -> Path | None:
     if (path / "state.json").is_file():
         return path
     for folder in (path / "checkpoints", path):
-        complete = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+        complete = in_order(folder)
         if complete:
             return complete[-1]
     return None
 
 
+def in_order(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; what else lies there, a copy called step-7.bak say, is none."""
+    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
 def prune(directory: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, and what killed writers left behind."""
+    """Deletes all but the newest `keep` >= 1 checkpoints, and what killed writers left behind."""
     for stale in directory.glob(".step-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    for old in sorted(directory.glob("step-*"))[:-keep]:
+    for old in in_order(directory)[:-keep]:
         # Renamed first: a half-deleted directory must not be called a checkpoint.
         doomed = directory / f".{old.name}.old"
         os.replace(old, doomed)

@@ -37,7 +37,7 @@ class SampleConfig:
     steps: int = 50
     """DDIM steps."""
     out: Path = Path("samples.png")
-    """The picture; a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1])."""
+    """The picture (.png); a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1])."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddpm visits every timestep of the diffusion."""
     eta: float = 0.0

@@ -9,6 +9,8 @@ the ChiroDiff code for what the paper leaves open (clipping, EMA, split, data pr
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -45,6 +47,12 @@ class TrainConfig:
     """Drawings of this many points or more are dropped."""
     scale: float | None = 10.0
     """Radius of a prepared drawing."""
+    split: tuple[float, float, float] = (0.85, 0.075, 0.075)
+    """Fractions of train, valid and test, where the source has no splits of its own."""
+    on_bad: Literal["error", "skip"] = "error"
+    """What happens to a drawing that cannot be used."""
+    data_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The data set's own options as KEY VALUE pairs, for example: variants base (kanjivg)."""
     model: ModelName = "chirodiff"
     """Model, by its registered name."""
     hidden: int = 96
@@ -136,10 +144,40 @@ class TrainConfig:
     dry_run: bool = False
     """Show the settings, the model and the plan, and stop."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming every setting that is out of range."""
+        at_least_1 = """hidden layers timesteps epochs batch_size every sample_count sample_steps max_steps log_every
+            save_every keep""".split()  # noqa: SIM905
+        positive = ["lr", "max_seconds"]
+        not_negative = ["weight_decay", "grad_clip", "sample_every", "threads"]
+        rules: list[tuple[str, bool, str]] = [
+            *((name, _holds(getattr(self, name), lambda v: v >= 1), "at least 1") for name in at_least_1),
+            *((name, _holds(getattr(self, name), lambda v: 0 < v < math.inf), "positive") for name in positive),
+            *((name, getattr(self, name) >= 0, "at least 0") for name in not_negative),
+            ("beta_start", 0 < self.beta_start < 1, "in (0, 1)"),
+            ("beta_end", 0 < self.beta_end < 1, "in (0, 1)"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+            ("sparsity", 0 <= self.sparsity < 1, "in [0, 1)"),
+            ("drop", 0 < self.drop <= 1, "in (0, 1]"),
+            ("t_end", 0 < self.t_end <= 1, "in (0, 1]"),
+            (
+                "sample_steps",
+                not self.sample_every or self.sample_steps <= self.timesteps,
+                f"at most timesteps, {self.timesteps}, or sample_every 0",
+            ),
+        ]
+        wrong = [f"{name} must be {rule}; got {getattr(self, name)!r}" for name, holds, rule in rules if not holds]
+        if wrong:
+            raise ValueError(f"settings: {'. '.join(wrong)}.")
+
     def summary(self) -> str:
         """One line for help."""
         data = self.dataset + (f" ({self.category})" if self.category else "")
         return f"{self.model} {self.hidden}x{self.layers} on {data}, {self.epochs} epochs"
+
+
+def _holds(value: float | None, rule: Callable[[float], bool]) -> bool:
+    return value is None or rule(value)
 
 
 # Settings that do not change what is computed, or may: a resumed run need not repeat them.

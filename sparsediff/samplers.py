@@ -71,6 +71,8 @@ def ddim(
     Returns:
         x_0 `[B, …]`.
     """
+    if not eta >= 0:
+        raise ValueError(f"ddim: eta must be at least 0; got {eta}.")
     if eta > 0 and noise is None:
         raise ValueError("ddim: eta > 0 needs a noise source; pass noise=SampleNoise(...).")
     visited = ddim_timesteps(diffusion.timesteps, steps, historical=historical)
@@ -200,6 +202,8 @@ def sample_drawings(
     Returns:
         A `[lengths[i], 3]` CPU tensor for every i, in the model's data space.
     """
+    if batch_size < 1:
+        raise ValueError(f"sampling: batch_size must be at least 1; got {batch_size}.")
     device = next(model.parameters()).device
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     drawings: dict[int, Tensor] = {}

@@ -15,20 +15,19 @@ import json
 import math
 import signal
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from sparsediff import checkpoint, methods
 from sparsediff.build import build_diffusion, build_model, device_of, draw, rebuild_model
-from sparsediff.datasets import Batches, StrokeData, Strokes, load
+from sparsediff.datasets import Batches, StrokeData, load
 from sparsediff.ema import EMA
+from sparsediff.files import write_atomically
 from sparsediff.metrics import MetricsLog
 from sparsediff.presets import TrainConfig, differences
 from sparsediff.rendering import grid, save_png
@@ -66,13 +65,9 @@ class Run:
             )
             for name in STREAMS
         }
-        drawings = data.train if config.form == "delta" else with_positions(data.train)
-        self.batches = Batches(drawings, config.batch_size, seed=config.seed)
-        self.fingerprint = {
-            "drawings": len(drawings),
-            "points": len(drawings.points),
-            "crc32": zlib.crc32(drawings.points.tobytes()),
-        }
+        self.batches = Batches(data.train, config.batch_size, seed=config.seed, form=config.form)
+        self.fingerprint = data.train.fingerprint()
+        self.provenance = dict(data.provenance)
         self.total_steps = config.epochs * len(self.batches)
         self.lengths = LengthDistribution(torch.from_numpy(data.train.length_histogram()))
 
@@ -156,6 +151,7 @@ class Run:
         return {
             "config": dataclasses.asdict(self.config),
             "data": self.fingerprint,
+            "provenance": self.provenance,
             "plan": self.plan,
             "lengths": self.lengths.counts,
             "optimizer": self.optimizer.state_dict(),
@@ -286,10 +282,11 @@ def start(config: TrainConfig, data: StrokeData | None = None) -> int:
     if not config.resume and (newest is not None or (out / "metrics.jsonl").exists()):
         raise TrainError(f"{out} holds a run already; --resume continues it, another --out keeps it.")
     saved = None if newest is None else checkpoint.load(newest)
-    run = Run(config, load_data(config) if data is None else data, saved)
+    data = load_data(config) if data is None else data
+    print(data.summary(), flush=True)
+    run = Run(config, data, saved)
     print(run.summary() if saved is None else f"continuing {saved.path}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return train(run)
 
 
@@ -315,16 +312,10 @@ def load_data(config: TrainConfig) -> StrokeData:
         rdp=config.rdp,
         max_points=config.max_points,
         scale=config.scale,
+        split=config.split,
+        on_bad=config.on_bad,
+        **config.data_options,
     )
-
-
-def with_positions(strokes: Strokes) -> Strokes:
-    """The same drawings with positions in place of steps."""
-    total = np.cumsum(strokes.points[:, :2], axis=0, dtype=np.float64)
-    starts = np.concatenate([np.zeros((1, 2)), total])[strokes.offsets[:-1]]
-    points = strokes.points.copy()
-    points[:, :2] = total - np.repeat(starts, strokes.lengths, axis=0)
-    return Strokes(points, strokes.offsets, strokes.labels)
 
 
 @contextlib.contextmanager

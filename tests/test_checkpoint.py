@@ -58,11 +58,12 @@ def test_the_newest_complete_one_is_found(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         write(folder, step)
     (folder / ".step-00000200.partial").mkdir()  # a writer that was killed
+    shutil.copytree(folder / "step-00000100", folder / "step-00000300.bak")  # a person's copy
     found = checkpoint.find(tmp_path)
     assert found is not None and found.name == "step-00000100" and checkpoint.find(folder) == found
     assert checkpoint.load(found).step == checkpoint.load(tmp_path).step == 100
     checkpoint.prune(folder, keep=2)
-    assert sorted(p.name for p in folder.iterdir()) == ["step-00000020", "step-00000100"]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000020", "step-00000100", "step-00000300.bak"]
 
 
 @pytest.mark.parametrize("calls_survived", range(9))

@@ -72,8 +72,9 @@ def test_dry_run_shows_the_plan(allocation: str, capsys: pytest.CaptureFixture[s
             "sides must be one of",
         ),
         (["train", "chirodiff-vmnist", "--data", "nowhere.pkl"], 1, "nowhere.pkl"),
+        (["sample", "nowhere", "--out", "samples.jpg"], 1, "out must end in .png (a picture) or .npz"),
     ],
-    ids=["command", "checkpoint", "cuda", "device", "pattern", "data"],
+    ids=["command", "checkpoint", "cuda", "device", "pattern", "data", "out"],
 )
 def test_errors(args: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(args) == code
@@ -82,8 +83,12 @@ def test_errors(args: list[str], code: int, message: str, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     "args",
-    [["train", "chirodiff-kanji"], ["train", "chirodiff-kanjivg", "--method", "rigel"]],
-    ids=["preset", "method"],
+    [
+        ["train", "chirodiff-kanji"],
+        ["train", "chirodiff-kanjivg", "--method", "rigel"],
+        ["train", "chirodiff-kanjivg", "--dry-run", "--drop", "7.5"],
+    ],
+    ids=["preset", "method", "range"],
 )
 def test_wrong_choices_exit_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:

@@ -23,7 +23,7 @@ from sparsediff.ema import EMA
 from sparsediff.metrics import read_metrics
 from sparsediff.models.chirodiff import ChiroDiff
 from sparsediff.presets import PRESETS, RUN_SETTINGS, TrainConfig, differences
-from sparsediff.train import Run, TrainError, interruption, start, with_positions
+from sparsediff.train import Run, TrainError, interruption, load_data, start
 
 STEPS = 5 * (70 // 8)
 
@@ -185,14 +185,18 @@ def test_a_run_that_diverges_stops_with_a_sound_checkpoint(
     assert checkpoint.load(tmp_path).step == 8
 
 
-def test_positions_are_running_sums() -> None:
-    strokes = drawings().train
-    absolute = with_positions(strokes)
-    for steps, positions in zip(strokes, absolute, strict=True):
-        np.testing.assert_allclose(
-            positions[:, :2], np.cumsum(steps[:, :2].astype(np.float64), axis=0), rtol=1e-5, atol=1e-5
-        )
-        np.testing.assert_array_equal(positions[:, 2], steps[:, 2])
+def test_a_run_in_position_form_sees_running_sums(tmp_path: Path) -> None:
+    data = drawings()
+    batch = next(Run(configured(tmp_path, form="position"), data).batches)
+    for x, length, index in zip(batch.x, batch.lengths.tolist(), batch.indices.tolist(), strict=True):
+        expected = np.cumsum(data.train[index][:, :2].astype(np.float64), axis=0)
+        np.testing.assert_allclose(x[:length, :2].numpy(), expected, rtol=1e-6)
+
+
+def test_a_checkpoint_says_where_its_data_come_from(tmp_path: Path) -> None:
+    data = dataclasses.replace(drawings(), provenance={"source": "random walks"})
+    start(configured(tmp_path, max_steps=1), data)
+    assert checkpoint.load(tmp_path).state["provenance"] == {"source": "random walks"}
 
 
 @pytest.mark.parametrize("method", ["dense", "rigl"])
@@ -251,6 +255,40 @@ def test_presets_have_the_settings_of_the_paper() -> None:
         assert (preset.epochs, preset.batch_size, preset.lr, preset.weight_decay) == (600, 128, 1e-3, 1e-2)
         assert (preset.timesteps, preset.beta_start, preset.beta_end, preset.schedule) == (1000, 1e-4, 2e-2, "linear")
         assert (preset.every, preset.sample_steps, preset.ema_decay, preset.grad_clip) == (800, 50, 0.9999, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save_every": 0, "lr": float("nan")}, r"lr must be positive; got nan"),
+        ({"save_every": 0, "lr": float("nan")}, r"save_every must be at least 1; got 0"),
+        ({"max_steps": 0}, r"max_steps must be at least 1; got 0"),
+        ({"threads": -1}, r"threads must be at least 0; got -1"),
+        ({"drop": 7.0}, r"drop must be in \(0, 1\]; got 7.0"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); got 1.0"),
+        ({"timesteps": 20}, r"sample_steps must be at most timesteps, 20, or sample_every 0; got 50"),
+    ],
+)
+def test_settings_out_of_range_are_refused_at_once(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+    assert TrainConfig(timesteps=20, sample_every=0).sample_steps == 50
+
+
+def test_settings_reach_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEDIFF_DATA", str(tmp_path))
+    file = tmp_path / "cat.ndjson"
+    good = '{"word": "cat", "recognized": %s, "drawing": [[[0, 1, 2], [0, 3, 1]]]}'
+    file.write_text("\n".join([*[good % "true"] * 8, *[good % "false"] * 8, '{"word": "cat"}']))
+    config = TrainConfig(dataset="quickdraw", category="cat", data=str(file), split=(1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="--on-bad skip"):
+        load_data(config)
+    config = dataclasses.replace(config, on_bad="skip")
+    assert len(load_data(config).train) == 16
+    config = dataclasses.replace(config, data_options={"recognized_only": "true"})
+    assert len(load_data(config).train) == 8
+    with pytest.raises(ValueError, match="recognized_only must be one of False, True; got 'maybe'"):
+        load_data(dataclasses.replace(config, data_options={"recognized_only": "maybe"}))
 
 
 def test_only_run_settings_may_differ_on_resume() -> None:

@@ -91,7 +91,9 @@ class Complaints:
     def add(self, where: str, reason: str, detail: str) -> None:
         """Reports the item `where` (file and item); `reason` is what the count is kept under."""
         if self.on_bad == "error":
-            raise DataError(f"{where}: {reason}: {detail} Repair it, or leave such items out with on_bad='skip'.")
+            raise DataError(
+                f"{where}: {reason}: {detail} Repair it, or leave such items out with on_bad='skip' (--on-bad skip)."
+            )
         self.counts[reason] += 1
 
 

@@ -173,11 +173,15 @@ def _request(
     if unknown:
         allowed = ", ".join(sorted(fields | set(dataset.options)))
         raise DataError(f"{dataset.name}: unknown option {', '.join(unknown)}; expected some of: {allowed}.")
-    own = {key: options.get(key, values[0]) for key, values in dataset.options.items()}
-    for key, value in own.items():
-        if value not in dataset.options[key]:
-            allowed = ", ".join(map(repr, dataset.options[key]))
-            raise DataError(f"{dataset.name}: {key} must be one of {allowed}; got {value!r}.")
+    own = {}
+    for key, allowed_values in dataset.options.items():
+        # Compared as text, which is what the command line has: true for True.
+        by_text = {str(value).lower(): value for value in allowed_values}
+        given = options.get(key, allowed_values[0])
+        if str(given).lower() not in by_text:
+            allowed = ", ".join(map(repr, allowed_values))
+            raise DataError(f"{dataset.name}: {key} must be one of {allowed}; got {given!r}.")
+        own[key] = by_text[str(given).lower()]
     if category is not None and not dataset.has_categories:
         raise DataError(f"{dataset.name}: has no categories; got category={category!r}. Leave it out.")
     if dataset.needs_path and path is None:

@@ -42,7 +42,8 @@ class KanjiVG(Dataset):
         if request.path is not None:
             if not request.path.is_dir():
                 raise DataError(
-                    f"{request.path}: expected a folder of KanjiVG's *.svg files. Leave path out to use the package."
+                    f"{request.path}: expected a folder of KanjiVG's *.svg files. Leave path out to use the package; "
+                    "a sketch-rnn .npz is the data set 'sketchrnn' (--dataset sketchrnn)."
                 )
             return Source((request.path,), f"KanjiVG, the folder {request.path.name}", fingerprint(request.path))
         try:
