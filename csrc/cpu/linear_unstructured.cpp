@@ -135,6 +135,17 @@ void fill_stream(const View& w, const Runs& index, const float* values, const St
     }
 }
 
+// The piece of a matrix x [positions, cols] that starts at position `at` and column c, cut off at its edges.
+UnstructuredAhead piece(const float* x, int64_t ld, int64_t positions, int64_t cols, int64_t at, int64_t height,
+                        int64_t c, int64_t width) {
+    const int64_t rows = std::min(height, positions - at), bytes = 4 * std::min(width, cols - c);
+    if (rows <= 0 || bytes <= 0) return {nullptr, 0, 0, 0};
+    return {reinterpret_cast<const char*>(x + at * ld + c), rows, bytes, 4 * ld};
+}
+
+// Beside the panel in L2, as many rows of the result (of the next dy) may wait as do not push it out.
+int64_t fetched_rows(const View& w, int64_t width) { return w.rows * width * 4 <= (128 << 10) ? w.rows : 0; }
+
 struct SpmmPlan {
     Runs index;
     int64_t width, panels, workers;
@@ -172,6 +183,7 @@ void spmm(const View& w, const int32_t* runs, const float* values, const float* 
 #pragma omp barrier
         // The runtime may give fewer threads than asked for: the panels are dealt out to those that came.
         const int64_t workers = std::min(team, plan.workers);
+        const int64_t fetched = fetched_rows(w, plan.width), share = round_up(ceil_div(w.rows, index.tiles), 16);
         if (id < workers) {
             float *tile = plan.tiles + id * plan.tile_floats, *panel = plan.panel + id * plan.panel_floats;
             for (int64_t p = id; p < plan.panels; p += workers) {
@@ -179,8 +191,13 @@ void spmm(const View& w, const int32_t* runs, const float* values, const float* 
                 for (int64_t t = 0; t < index.tiles; ++t) {
                     const int64_t c = t * index.tile, start = kQuad * index.quads[t];
                     kernels.pack(x + at * ldx + c, ldx, live, std::min(index.tile, w.cols - c), plan.width, tile);
+                    const bool last = t + 1 == index.tiles;
+                    const UnstructuredAhead ahead[2] = {
+                        piece(x, ldx, positions, w.cols, last ? at + workers * plan.width : at, plan.width,
+                              last ? 0 : c + index.tile, index.tile),
+                        piece(y, ldy, positions, fetched, at, plan.width, t * share, share)};
                     kernels.spmm_tile(index.of(t), index.counts[t], plan.stream.weights + start,
-                                      plan.stream.locals + start, tile, panel, plan.width, t == 0, bias);
+                                      plan.stream.locals + start, tile, panel, plan.width, t == 0, bias, ahead);
                 }
                 kernels.unpack(panel, plan.width, w.rows, live, y + at * ldy, ldy);
             }
@@ -302,6 +319,7 @@ int unstructured_sddmm(const BlockIndex& weight, const int32_t* runs, const floa
             float* tile = plan.tiles + worker * plan.tile_floats;
             float* panel = plan.panel + worker * plan.panel_floats;
             float* sums = plan.sums + copy * plan.entries;
+            const int64_t fetched = fetched_rows(w, plan.width), slice = round_up(ceil_div(w.rows, index.tiles), 16);
             // Shares own whole tiles, hence disjoint pieces of the sums.
             for (int64_t t = share; t < index.tiles; t += plan.shares)
                 std::fill(sums + kQuad * index.quads[t], sums + kQuad * index.quads[t + 1], 0.0f);
@@ -311,8 +329,14 @@ int unstructured_sddmm(const BlockIndex& weight, const int32_t* runs, const floa
                 for (int64_t t = share; t < index.tiles; t += plan.shares) {
                     const int64_t c = t * index.tile, start = kQuad * index.quads[t];
                     kernels.pack(x + at * ldx + c, ldx, live, std::min(index.tile, w.cols - c), plan.width, tile);
+                    const bool last = t + plan.shares >= index.tiles;
+                    const int64_t next = at + plan.copies * plan.width;
+                    const UnstructuredAhead ahead[2] = {
+                        piece(x, ldx, positions, w.cols, last ? next : at, plan.width,
+                              (last ? share : t + plan.shares) * index.tile, index.tile),
+                        piece(dy, ldy, positions, fetched, next, plan.width, t * slice, slice)};
                     kernels.sddmm_tile(index.of(t), index.counts[t], plan.stream.locals + start, tile, panel,
-                                       plan.width, sums + start);
+                                       plan.width, sums + start, ahead);
                 }
             }
         }

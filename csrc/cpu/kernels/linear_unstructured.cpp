@@ -161,15 +161,40 @@ struct Columns {
 
 #define SK_COLUMN(word, k) (((word) >> (16 * (k))) & 0xffff)
 
+// Fetches two lines at every run: at S=.9, 8192 positions and 256 x 256 from memory that is a quarter of the time.
+struct Fetcher {
+    const char *at, *end;
+    int64_t rows, bytes, ld_bytes;
+
+    inline __attribute__((always_inline)) explicit Fetcher(const UnstructuredAhead& ahead)
+        : at(ahead.from), end(at + ahead.bytes), rows(ahead.rows), bytes(ahead.bytes), ld_bytes(ahead.ld_bytes) {}
+    inline __attribute__((always_inline)) void line() {
+        if (rows <= 0) return;
+        __builtin_prefetch(at, 0, 2);
+        at += 64;
+        if (at < end) return;
+        --rows;
+        end += ld_bytes;
+        at = end - bytes;
+    }
+    inline __attribute__((always_inline)) void run() {
+        line();
+        line();
+    }
+};
+
 // Works on `Part` of the `Width` positions of a panel; x and y point at the part.
 template <int Width, int Part>
 static void spmm_part(const UnstructuredRun* runs, int64_t count, const float* weights, const uint16_t* locals,
-                      const float* x, float* y, bool first, const float* bias) {
+                      const float* x, float* y, bool first, const float* bias, const UnstructuredAhead* ahead) {
     constexpr int kVectors = Part / VLEN;
     // Eight chains of multiply-adds in flight: two pipes of latency four.
     constexpr int kSets = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;
     Columns columns(locals);
+    Fetcher next(ahead[0]), later(ahead[1]);
     for (int64_t i = 0; i < count; ++i) {
+        next.run();
+        later.run();
         float* out = y + static_cast<int64_t>(runs[i].row) * Width;
         vfloat acc[kSets][kVectors];
         if (first) {
@@ -214,25 +239,29 @@ constexpr int part_of(int width) { return width < 8 * VLEN ? width : 8 * VLEN; }
 
 template <int Width>
 SK_INLINE void spmm_width(const UnstructuredRun* runs, int64_t count, const float* weights, const uint16_t* locals,
-                          const float* x, float* y, bool first, const float* bias) {
+                          const float* x, float* y, bool first, const float* bias, const UnstructuredAhead* ahead) {
     constexpr int kPart = part_of(Width);
     for (int p = 0; p < Width; p += kPart)
-        spmm_part<Width, kPart>(runs, count, weights, locals, x + p, y + p, first, bias);
+        spmm_part<Width, kPart>(runs, count, weights, locals, x + p, y + p, first, bias, ahead);
 }
 
 static void spmm_tile(const UnstructuredRun* runs, int64_t count, const float* weights, const uint16_t* locals,
-                      const float* x, float* y, int64_t width, bool first, const float* bias) {
-    if (width == 64) spmm_width<64>(runs, count, weights, locals, x, y, first, bias);
-    if (width == 32) spmm_width<32>(runs, count, weights, locals, x, y, first, bias);
-    if (width == 16) spmm_width<16>(runs, count, weights, locals, x, y, first, bias);
+                      const float* x, float* y, int64_t width, bool first, const float* bias,
+                      const UnstructuredAhead* ahead) {
+    if (width == 64) spmm_width<64>(runs, count, weights, locals, x, y, first, bias, ahead);
+    if (width == 32) spmm_width<32>(runs, count, weights, locals, x, y, first, bias, ahead);
+    if (width == 16) spmm_width<16>(runs, count, weights, locals, x, y, first, bias, ahead);
 }
 
 template <int Width, int Part>
 static void sddmm_part(const UnstructuredRun* runs, int64_t count, const uint16_t* locals, const float* x,
-                       const float* dy, float* sums) {
+                       const float* dy, float* sums, const UnstructuredAhead* ahead) {
     constexpr int kVectors = Part / VLEN;
     Columns columns(locals);
+    Fetcher next(ahead[0]), later(ahead[1]);
     for (int64_t i = 0; i < count; ++i) {
+        next.run();
+        later.run();
         vfloat d[kVectors];
         for (int v = 0; v < kVectors; ++v) d[v] = load(dy + static_cast<int64_t>(runs[i].row) * Width + v * VLEN);
 
@@ -266,16 +295,16 @@ static void sddmm_part(const UnstructuredRun* runs, int64_t count, const uint16_
 
 template <int Width>
 SK_INLINE void sddmm_width(const UnstructuredRun* runs, int64_t count, const uint16_t* locals, const float* x,
-                           const float* dy, float* sums) {
+                           const float* dy, float* sums, const UnstructuredAhead* ahead) {
     constexpr int kPart = part_of(Width);
-    for (int p = 0; p < Width; p += kPart) sddmm_part<Width, kPart>(runs, count, locals, x + p, dy + p, sums);
+    for (int p = 0; p < Width; p += kPart) sddmm_part<Width, kPart>(runs, count, locals, x + p, dy + p, sums, ahead);
 }
 
 static void sddmm_tile(const UnstructuredRun* runs, int64_t count, const uint16_t* locals, const float* x,
-                       const float* dy, int64_t width, float* sums) {
-    if (width == 64) sddmm_width<64>(runs, count, locals, x, dy, sums);
-    if (width == 32) sddmm_width<32>(runs, count, locals, x, dy, sums);
-    if (width == 16) sddmm_width<16>(runs, count, locals, x, dy, sums);
+                       const float* dy, int64_t width, float* sums, const UnstructuredAhead* ahead) {
+    if (width == 64) sddmm_width<64>(runs, count, locals, x, dy, sums, ahead);
+    if (width == 32) sddmm_width<32>(runs, count, locals, x, dy, sums, ahead);
+    if (width == 16) sddmm_width<16>(runs, count, locals, x, dy, sums, ahead);
 }
 
 extern const UnstructuredTable unstructured_table;
