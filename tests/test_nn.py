@@ -276,6 +276,20 @@ def test_gru_lengths_are_integers() -> None:
         layer(torch.zeros(2, 3, 16), lengths=torch.tensor([1.7, 2.0]))
 
 
+def test_gru_runs_under_another_default_device() -> None:
+    layer = SparseGRU(16, 32, batch_first=True, bidirectional=True, pattern="4x4", sparsity=0.5)
+    x, lengths = torch.randn(2, 3, 16), torch.tensor([3, 1])
+    (weight, *_) = sparse_weights(layer)
+    weight.open_tap()
+    grads = []
+    for device in ("cpu", "meta"):
+        layer.zero_grad()
+        with torch.device(device):
+            layer(x, lengths=lengths)[0].sum().backward()
+        grads.append(weight.values.grad)
+    assert torch.equal(*grads)
+
+
 # Convolutions
 
 CONV2D_CASES = [

@@ -244,7 +244,8 @@ class SparseGRU(SparseLayer):
         elif list(h0.shape) != shape:
             raise ValueError(f"SparseGRU: h0 must be [D·layers, B, H] = {shape}; got {list(h0.shape)}.")
         if lengths is not None:
-            lengths = torch.as_tensor(lengths)
+            # as_tensor would move a tensor to the default device.
+            lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device=x.device)
             if lengths.dtype not in _LENGTHS:
                 raise TypeError(f"SparseGRU: lengths must be integers; got {lengths.dtype}; convert with .long().")
             lengths = lengths.to(x.device, torch.int32)
