@@ -23,6 +23,7 @@ LAYERS = {
     "sparse_kernels._native": 0,
     "sparse_kernels.triton_kernels": 0,
     "sparse_kernels.patterns": 0,
+    "sparse_kernels.index": 1,
     "sparse_kernels.topology": 1,
     "sparse_kernels.reference": 1,
     "sparse_kernels.allocation": 1,
