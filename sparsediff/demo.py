@@ -66,7 +66,8 @@ VALIDATIONS = 12
 # Part of the time after which the topology stays as it is (RigL's T_end): what a regrow disturbs takes a hundred steps
 # to heal, and a race must not end on one.
 SETTLED = 0.75
-ROUNDS = 15  # of the timing
+ROUNDS = 15  # of the timing, fewer where they would take longer than this
+TIMING_SECONDS = 30.0
 # η = 1: without fresh noise on the way, the errors of a model this young add up to strokes that fly off the paper.
 SAMPLING: dict[str, Any] = {"sampler": "ddim", "steps": 100, "eta": 1.0}
 
@@ -256,7 +257,8 @@ def demo(config: DemoConfig) -> int:
     for racer in racers.values():
         racer.metrics.close()
         racer.run.save()
-    rounds = 5 if interrupted else ROUNDS
+    round_seconds = sum(map(statistics.median, first.values())) / 1e3
+    rounds = 5 if interrupted else max(5, min(ROUNDS, int(TIMING_SECONDS / round_seconds)))
     print("timing steps of both in turns ...", flush=True)
     times, runs = step_times({**forms, "sparse": sparse}, data, rounds)
     memory = {
