@@ -53,18 +53,18 @@ def cpu_ms(function: Callable[[], Any], rounds: int) -> float:
     return statistics.median(samples)
 
 
-def configured(name: str, data_limit: int | None = None, **changes: Any) -> TrainConfig:
+def configured(name: str, data: str | None = None, **changes: Any) -> TrainConfig:
     """The demo's settings for a run: "dense" or a pattern."""
-    base = settings(DemoConfig(threads=1, limit=data_limit))
+    base = settings(DemoConfig(threads=1, data=data))
     chosen = {"method": "dense"} if name == "dense" else {"pattern": name}
     return dataclasses.replace(base, **{**chosen, **changes})
 
 
-def train(name: str, minutes: float, out: Path, work: Path, limit: int | None = None) -> None:
+def train(name: str, minutes: float, out: Path, work: Path, data_folder: str | None = None) -> None:
     """Trains one run to `minutes` of CPU time, from its newest checkpoint if it has one; writes rows and samples."""
     torch.set_num_threads(1)
     folder = work / slug(name)
-    config = configured(name, limit, out=str(folder))
+    config = configured(name, data_folder, out=str(folder))
     data = load_data(config)
     newest = checkpoint.find(folder)
     saved = None if newest is None else checkpoint.load(newest)
@@ -80,7 +80,7 @@ def train(name: str, minutes: float, out: Path, work: Path, limit: int | None = 
     budget = minutes * 60
     with contextlib.closing(MetricsLog(out / f"{slug(name)}.jsonl", run.step)) as log:
         if saved is None:
-            about = {"settings": dataclasses.asdict(config) | {"out": ""}, "machine": machine()}
+            about = {"settings": dataclasses.asdict(config), "machine": machine()}
             stored = sum(p.numel() for p in run.parameters)
             log.write(0, run=name, seconds=0.0, validation=validation.loss(run.ema.model), parameters=stored, **about)
         point = int(run.seconds / budget * POINTS) + 1
@@ -154,12 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--summarize", action="store_true", help="table and pictures of all runs in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "choose_pattern", help="rows and pictures")
     parser.add_argument("--work", type=Path, default=Path("runs/choose_pattern"), help="checkpoints")
-    parser.add_argument("--limit", type=int, help="at most this many drawings")
+    parser.add_argument("--data", help="folder of KanjiVG's SVG files; default: those of the package kanjivg")
     options = parser.parse_args(arguments)
     if options.run is None and not options.summarize:
         parser.error("give --run PATTERN or --summarize")
     if options.run is not None:
-        train(options.run, options.minutes, options.out, options.work, options.limit)
+        train(options.run, options.minutes, options.out, options.work, options.data)
     if options.summarize:
         print(summarize(options.out))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +21,29 @@ from sparsediff.presets import PRESETS
 from sparsediff.report import Curve
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--hidden", "16", "--pattern", "block:8x8", "--limit", "150", "--samples", "4", "--threads", "1"]
+TINY = ["--hidden", "16", "--pattern", "block:8x8", "--samples", "4", "--threads", "1"]
 
 PROMISED = """preset method sparsity pattern steps final_loss dense_step_ms sparse_step_ms speedup params_dense
     params_sparse nnz device threads versions memory_dense memory_sparse""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def characters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A folder with a few of KanjiVG's characters; prepared drawings are cached beside it, not in the user's folder."""
+    folder = tmp_path_factory.mktemp("kanji")
+    files = sorted(Path(str(importlib.metadata.distribution("kanjivg").locate_file("kanji"))).glob("*.svg"))
+    for file in files[:: len(files) // 150]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEDIFF_DATA", str(tmp_path_factory.mktemp("cache")))
+        yield str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, characters: str) -> Path:
     """The folder of a finished demo of one second each."""
     out = tmp_path_factory.mktemp("demo")
-    assert demo.main([*TINY, "--seconds", "1", "--out", str(out)]) == 0
+    assert demo.main([*TINY, "--seconds", "1", "--data", characters, "--out", str(out)]) == 0
     return out
 
 
@@ -70,14 +84,15 @@ def test_both_models_leave_metrics_and_a_checkpoint(finished: Path) -> None:
         assert [row["validation"] for row in rows if "validation" in row][-1] > 0
 
 
-def test_a_second_demo_replaces_the_first(finished: Path) -> None:
-    assert demo.main([*TINY, "--seconds", "0.2", "--out", str(finished)]) == 0
+def test_a_second_demo_replaces_the_first(finished: Path, characters: str) -> None:
+    assert demo.main([*TINY, "--seconds", "0.2", "--data", characters, "--out", str(finished)]) == 0
     summary = json.loads((finished / "summary.json").read_text())
     assert checkpoint.load(finished / "sparse").step == summary["steps"]
 
 
-def test_ctrl_c_still_writes_the_report(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sparsediff", "demo", *TINY, "--seconds", "600", "--out", str(tmp_path)]
+def test_ctrl_c_still_writes_the_report(tmp_path: Path, characters: str) -> None:
+    options = [*TINY, "--seconds", "600", "--data", characters, "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sparsediff", "demo", *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         metrics = tmp_path / "dense" / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -126,7 +141,7 @@ def test_where_curves_meet() -> None:
     assert demo.at_same_steps(Curve(validation=[(0, 0.0, 1.0)]), slow) is None
 
 
-def test_choose_pattern_runs_continues_and_summarizes(tmp_path: Path) -> None:
+def test_choose_pattern_runs_continues_and_summarizes(tmp_path: Path, characters: str) -> None:
     def run(*options: str) -> str:
         command = [sys.executable, "-m", "bench.choose_pattern", "--out", str(tmp_path / "out"), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,7 +149,7 @@ def test_choose_pattern_runs_continues_and_summarizes(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    small = ["--run", "block:16x16", "--limit", "150", "--work", str(tmp_path / "work")]
+    small = ["--run", "block:16x16", "--data", characters, "--work", str(tmp_path / "work")]
     run(*small, "--minutes", "0.005")
     rows = read_metrics(tmp_path / "out" / "block-16x16.jsonl")
     table = run(*small, "--minutes", "0.02", "--summarize")
