@@ -19,18 +19,17 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t panel_rows(int64_t rows) { return round_up(rows + 1, 16); }
 
 GruGeometry geometry(const GruLayer& layer) {
-    // Single rows and rows of 4 do little work per weight loaded, so they get more sequences at a time; blocks do with
-    // 16, which wastes fewer lanes on sequences that have ended.
+    // A strip of few rows reads much of its panel for each weight, so the panel has to fit the first-level cache; wide
+    // strips gain more from long chunks, which load their weights and accumulators less often.
     bool narrow = false;
     for (int64_t i = 0; i < 2 * layer.directions; ++i) {
         const BlockIndex& w = layer.weights[i].index;
         narrow = narrow || (w.bh > 0 && (w.bh < 8 || w.bw < 8));
     }
     GruGeometry g = {};
-    g.lanes = narrow && layer.batch > 16 ? 32 : 16;
-    g.tiles = (layer.batch + g.lanes - 1) / g.lanes;
-    g.chunk = 128 / g.lanes;
-    g.wide = g.chunk * g.lanes;
+    g.tiles = (layer.batch + kGruLanes - 1) / kGruLanes;
+    g.chunk = (narrow ? 64 : 128) / kGruLanes;
+    g.wide = g.chunk * kGruLanes;
     g.rows_x = panel_rows(layer.in);
     g.rows_h = panel_rows(layer.hidden);
     g.rows_g = panel_rows(3 * layer.hidden);
@@ -97,8 +96,8 @@ void take_forward(GruArena& arena, const GruLayer& layer, int64_t threads, Plan&
         GruScratch s = {};
         s.x = panel(arena, g.rows_x, g.wide);
         s.gates_x = panel(arena, g.rows_g, g.wide);
-        s.gates_h = panel(arena, g.rows_g, g.lanes);
-        s.h = panel(arena, g.rows_h, g.lanes);
+        s.gates_h = panel(arena, g.rows_g, kGruLanes);
+        s.h = panel(arena, g.rows_h, kGruLanes);
         s.zeros = panel(arena, 1, g.rows_x > g.rows_h ? g.rows_x : g.rows_h);
         if (arena.base) plan.scratch[t] = s;
     }
@@ -128,8 +127,8 @@ void take_backward(GruArena& arena, const GruLayer& layer, int64_t threads, Plan
         s.h_rows = panel(arena, g.wide, g.rows_h);
         s.dgates = panel(arena, g.rows_dg, g.wide);
         s.dx = panel(arena, g.rows_x, g.wide);
-        s.dy = panel(arena, g.rows_h, g.lanes);
-        s.dh = panel(arena, g.rows_h, g.lanes);
+        s.dy = panel(arena, g.rows_h, kGruLanes);
+        s.dh = panel(arena, g.rows_h, kGruLanes);
         s.zeros = panel(arena, 1, g.rows_x > g.rows_h ? g.rows_x : g.rows_h);
         for (int64_t d = 0; d < layer.directions; ++d) {
             s.bias[d] = panel(arena, g.rows_dg, 16);
@@ -155,7 +154,7 @@ void assign(Plan& plan, int64_t threads) {
         for (int64_t t = 1; t < threads; ++t)
             if (plan.load[t] < plan.load[least]) least = t;
         plan.owner[task] = static_cast<int32_t>(least);
-        plan.load[least] += plan.length[task / per_tile * plan.run.geometry.lanes] + 1;
+        plan.load[least] += plan.length[task / per_tile * kGruLanes] + 1;
     }
 }
 
@@ -201,7 +200,7 @@ void collect(const Plan& plan, int64_t i, int64_t threads) {
 }  // namespace
 
 int64_t gru_reserve_floats(int64_t batch, int64_t steps, int64_t hidden, int64_t directions) {
-    return directions * steps * 4 * hidden * round_up(batch, 32);
+    return directions * steps * 4 * hidden * round_up(batch, kGruLanes);
 }
 
 int64_t gru_forward_workspace_bytes(const GruLayer& layer, int64_t threads) {

@@ -1,11 +1,12 @@
 // The fused sparse GRU on CPUs: what the launchers (gru.cpp), the packing (gru_pack.cpp) and the kernels of each
 // instruction set (kernels/gru.cpp) share.
 //
-// Vector lanes are sequences. The batch is sorted by length and cut into tiles of `lanes` sequences; a tile runs as
+// Vector lanes are sequences. The batch is sorted by length and cut into tiles of kGruLanes sequences; a tile runs as
 // long as its longest one, and (direction, tile) is the unit of parallel work, so no step waits for another thread.
-// Inside a tile a matrix is a *panel*: one row per feature, `lanes` floats for each time step of a chunk of steps,
+// Inside a tile a matrix is a *panel*: one row per feature, a float per sequence for each time step of a chunk of
+// steps,
 //
-//     panel[feature * stride + step * lanes + lane]
+//     panel[feature * stride + step * kGruLanes + lane]
 //
 // and a weight is one scalar broadcast against whole panel rows. Step s of a sequence of length n is time s forwards
 // and time n - 1 - s backwards: a direction only changes how rows of x and y are addressed.
@@ -23,12 +24,12 @@ namespace sk {
 // chosen anywhere: entries have 4 offsets and 4 scalars, and shorter rows are filled up with the panel's zero row.
 struct GruStrips {
     int64_t side, count;
-    int32_t* ptr;   // [count + 1] entries
-    int32_t* src;   // [entries] or [entries, 4]: first float of the input row in its panel
-    int32_t* rows;  // [count, 4] output rows of a bundle; unused otherwise
-    float* weight;  // [entries, side] or [entries, 4]
-    float* bias;    // by output row, padded; zero for a transposed weight
-    int32_t* scratch;
+    int32_t* ptr;      // [count + 1] entries
+    int32_t* src;      // [entries] or [entries, 4]: first float of the input row in its panel
+    int32_t* rows;     // [count, 4] output rows of a bundle; unused otherwise
+    float* weight;     // [entries, side] or [entries, 4]
+    float* bias;       // by output row, padded; zero for a transposed weight
+    int32_t* scratch;  // [inputs + 2] for sorting the rows of bundles
 };
 
 // How a weight gradient is computed and accumulated.
@@ -45,12 +46,15 @@ struct GruTiles {
     int64_t floats;       // of the accumulator: tiles * side * 16 or quads * (side 4 ? 16 : 4)
 };
 
+// Sequences of a tile: whole vectors of every instruction set, and few enough that sorting by length leaves little to
+// idle lanes.
+inline constexpr int64_t kGruLanes = 16;
+
 // Sizes derived from a layer, the same in forward and backward.
 struct GruGeometry {
-    int64_t lanes;                   // sequences of a tile, a multiple of 16
     int64_t tiles;                   // ceil(batch / lanes)
     int64_t chunk;                   // steps of a chunk
-    int64_t wide;                    // lanes * chunk: floats of a chunk panel's row
+    int64_t wide;                    // kGruLanes * chunk: floats of a row of a chunk's panel
     int64_t rows_x, rows_h, rows_g;  // rows of the panels of x, of h and of all gates, padded: at least one spare, zero
     int64_t n_shift;                 // gate row g >= 2H of W_ih is row g + n_shift of the dgates panel ...
     int64_t ih_base;                 // ... and gate row g < 2H is row g + ih_base
@@ -64,7 +68,7 @@ struct GruDirection {
     GruTiles tiles[2];
 };
 
-// One thread's scratch. Panels first: see gru_scratch() in gru.cpp for the sizes.
+// One thread's scratch; take_forward() and take_backward() in gru.cpp give the sizes.
 struct GruScratch {
     float *x, *gates_x, *gates_h, *h, *zeros;  // forward
     float *dgates, *dx, *dy, *h_prev, *dh;     // backward

@@ -124,8 +124,8 @@ void pack_blocks(GruStrips& s, const GruWeight& w, const View& v, bool transpose
     s.ptr[s.count] = entry;
 }
 
-// Walks the tiles or quads of a weight in their one order: f(tile, row, column, block values or null, offset inside).
-// kOuter: one call per tile of side x 16. Quads: one call per column of a quad, with its place in it.
+// Walks a weight in the one order in which its gradient is accumulated: strip(row) for every strip of rows, and in it
+// column(row, first column, where the gradient goes, row stride there) for every tile (kOuter) or column (quads).
 template <class Strip, class Column>
 void walk(const GruTiles& t, const GruWeight& w, Strip strip, Column column) {
     const int64_t width = t.kind == GruGradKind::kOuter ? 16 : 1;
@@ -165,7 +165,7 @@ GruStrips gru_take_strips(GruArena& arena, const GruWeight& w, bool transposed) 
 
 void gru_pack_strips(GruStrips& s, const GruWeight& w, bool transposed, const GruGeometry& g, bool recurrent) {
     const View v = view(w, transposed);
-    const Source source = transposed ? gates_source(w, g, recurrent) : state_source(w, recurrent ? g.lanes : g.wide);
+    const Source source = transposed ? gates_source(w, g, recurrent) : state_source(w, recurrent ? kGruLanes : g.wide);
     if (is_dense(w))
         pack_dense(s, w, transposed, source);
     else if (s.side == 1)

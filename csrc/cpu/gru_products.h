@@ -8,7 +8,7 @@
 
 namespace sk::SK_ISA {
 
-// R of a strip's Side rows times NV vectors of the panel, from `first` (a bias a row, or what `out` holds) on.
+// R of a strip's Side rows times NV vectors of the panel, on top of a bias a row or of what `out` holds.
 template <int Side, int R, int NV, bool Accumulate>
 SK_INLINE void strip_rows(const float* weight, const int32_t* src, int64_t entries, const float* panel,
                           const float* bias, float* out, int64_t stride) {

@@ -6,17 +6,15 @@
 
 namespace sk::SK_ISA {
 
-constexpr int64_t kMostLanes = 64;
-
 // The sequences of one tile and how a step of theirs is addressed.
 struct Tile {
     int64_t first, size;  // its sequences are order[first .. first + size)
     int64_t direction;
     const int32_t *order, *length;
 
-    Tile(const GruRun& run, int64_t direction, int64_t tile) : first(tile * run.geometry.lanes), direction(direction) {
+    Tile(const GruRun& run, int64_t direction, int64_t tile) : first(tile * kGruLanes), direction(direction) {
         const int64_t left = run.layer->batch - first;
-        size = left < run.geometry.lanes ? left : run.geometry.lanes;
+        size = left < kGruLanes ? left : kGruLanes;
         order = run.order + first;
         length = run.length + first;
     }
@@ -93,7 +91,7 @@ static void gates_forward(const float* gates_x, int64_t wide, float* gates_h, fl
 // dh <- the part of dL/dh(step - 1) that passes by the gates; the gates' gradients go into one step of the panel.
 static void gates_backward(const float* saved, const float* next, const float* dy, const float* h_prev, int64_t wide,
                            float* dh, const GruGeometry& g, int64_t hidden, int64_t active, float* dgates) {
-    const int64_t lanes = g.lanes, plane = hidden * lanes;
+    const int64_t lanes = kGruLanes, plane = hidden * lanes;
     for (int64_t l = 0; l < lanes; l += VLEN) {
         const int64_t n = active - l;
         const vint running = first_lanes(n < 0 ? 0 : n < VLEN ? n : VLEN);
@@ -142,7 +140,7 @@ static void clear_past_end(const Tile& tile, float* base, int64_t batch_stride, 
 
 static float* reserve_at(const GruRun& run, int64_t direction, int64_t tile, int64_t step) {
     const GruLayer& layer = *run.layer;
-    const int64_t size = 4 * layer.hidden * run.geometry.lanes;
+    const int64_t size = 4 * layer.hidden * kGruLanes;
     return layer.reserve + ((direction * run.geometry.tiles + tile) * layer.steps + step) * size;
 }
 
@@ -153,45 +151,45 @@ static void forward(const GruRun& run, int64_t direction, int64_t tile_index, co
     const Tile tile(run, direction, tile_index);
     const int64_t hidden = layer.hidden, width = layer.directions * hidden;
     float* y = run.y + direction * hidden;
-    const float* from[kMostLanes];
-    float* to[kMostLanes];
+    const float* from[kGruLanes];
+    float* to[kGruLanes];
 
     clear_rows(s.x, layer.in, g.rows_x, g.wide);
-    clear_rows(s.h, hidden, g.rows_h, g.lanes);
-    rows_of<const float>(tile, layer.h0 + direction * layer.batch * hidden, hidden, g.lanes, s.zeros, from);
-    load_panel(from, g.lanes, hidden, s.h, g.lanes);
+    clear_rows(s.h, hidden, g.rows_h, kGruLanes);
+    rows_of<const float>(tile, layer.h0 + direction * layer.batch * hidden, hidden, kGruLanes, s.zeros, from);
+    load_panel(from, kGruLanes, hidden, s.h, kGruLanes);
 
     for (int64_t first = 0; first < tile.steps(); first += g.chunk) {
         const int64_t end = first + g.chunk < tile.steps() ? first + g.chunk : tile.steps();
         for (int64_t step = first; step < end; ++step) {
             rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, tile.active(step),
-                                 g.lanes, s.zeros, from);
-            load_panel(from, g.lanes, layer.in, s.x + (step - first) * g.lanes, g.wide);
+                                 kGruLanes, s.zeros, from);
+            load_panel(from, kGruLanes, layer.in, s.x + (step - first) * kGruLanes, g.wide);
         }
-        apply_strips<false>(weights.forward[0], s.x, s.gates_x, g.wide, (end - first) * g.lanes / VLEN);
+        apply_strips<false>(weights.forward[0], s.x, s.gates_x, g.wide, (end - first) * kGruLanes / VLEN);
         for (int64_t step = first; step < end; ++step) {
             const int64_t active = tile.active(step);
-            const float* gates_x = s.gates_x + (step - first) * g.lanes;
-            rows_at<float>(tile, y, layer.steps * width, width, step, active, g.lanes, nullptr, to);
+            const float* gates_x = s.gates_x + (step - first) * kGruLanes;
+            rows_at<float>(tile, y, layer.steps * width, width, step, active, kGruLanes, nullptr, to);
             prefetch_rows<true>(to, active, 0, hidden);
             if (step + g.chunk < tile.steps()) {
                 const int64_t next = tile.active(step + g.chunk);
                 rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step + g.chunk, next,
-                                     g.lanes, s.zeros, from);
+                                     kGruLanes, s.zeros, from);
                 prefetch_rows<false>(from, next, 0, layer.in);
             }
-            apply_strips<false>(weights.forward[1], s.h, s.gates_h, g.lanes, g.lanes / VLEN);
+            apply_strips<false>(weights.forward[1], s.h, s.gates_h, kGruLanes, kGruLanes / VLEN);
             if (layer.reserve)
-                gates_forward<true>(gates_x, g.wide, s.gates_h, s.h, hidden, g.lanes, active,
+                gates_forward<true>(gates_x, g.wide, s.gates_h, s.h, hidden, kGruLanes, active,
                                     reserve_at(run, direction, tile_index, step));
             else
-                gates_forward<false>(gates_x, g.wide, s.gates_h, s.h, hidden, g.lanes, active, s.gates_h);
-            store_panel<false>(s.h, g.lanes, hidden, to, active);
+                gates_forward<false>(gates_x, g.wide, s.gates_h, s.h, hidden, kGruLanes, active, s.gates_h);
+            store_panel<false>(s.h, kGruLanes, hidden, to, active);
         }
     }
     clear_past_end(tile, y, layer.steps * width, width, layer.steps, hidden);
-    rows_of<float>(tile, run.h_n + direction * layer.batch * hidden, hidden, g.lanes, nullptr, to);
-    store_panel<false>(s.h, g.lanes, hidden, to, tile.size);
+    rows_of<float>(tile, run.h_n + direction * layer.batch * hidden, hidden, kGruLanes, nullptr, to);
+    store_panel<false>(s.h, kGruLanes, hidden, to, tile.size);
     stream_fence();
 }
 
@@ -217,11 +215,11 @@ static void store_dgates(const GruRun& run, const Tile& tile, const float* dgate
     const GruLayer& layer = *run.layer;
     const GruGeometry& g = run.geometry;
     const int64_t gates = 3 * layer.hidden, stride = layer.steps * gates;
-    float* to[kMostLanes];
+    float* to[kGruLanes];
     const int64_t offset = tile.direction * layer.batch * stride;
-    rows_at<float>(tile, run.grad->dgates_hh + offset, stride, gates, step, active, g.lanes, nullptr, to);
+    rows_at<float>(tile, run.grad->dgates_hh + offset, stride, gates, step, active, kGruLanes, nullptr, to);
     store_panel<false>(dgates, g.wide, gates, to, active);
-    rows_at<float>(tile, run.grad->dgates_ih + offset, stride, gates, step, active, g.lanes, nullptr, to);
+    rows_at<float>(tile, run.grad->dgates_ih + offset, stride, gates, step, active, kGruLanes, nullptr, to);
     store_panel<false>(dgates + g.ih_base * g.wide, g.wide, 2 * layer.hidden, to, active);
     for (int64_t l = 0; l < active; ++l) to[l] += 2 * layer.hidden;
     store_panel<false>(dgates + (2 * layer.hidden + g.n_shift) * g.wide, g.wide, layer.hidden, to, active);
@@ -240,71 +238,71 @@ static void backward(const GruRun& run, int64_t direction, int64_t tile_index, c
     const bool rows_h = weights.tiles[1].kind == GruGradKind::kOuter;
     float* dx = grad.dx && direction && run.dx_second ? run.dx_second : grad.dx;
     const bool add_dx = direction && !run.dx_second;
-    const float* from[kMostLanes];
-    float* to[kMostLanes];
+    const float* from[kGruLanes];
+    float* to[kGruLanes];
 
     clear_rows(s.x, layer.in, g.rows_x, g.wide);
     clear_rows(s.h_prev, hidden, g.rows_h, g.wide);
-    clear_rows(s.dh, hidden, g.rows_h, g.lanes);
+    clear_rows(s.dh, hidden, g.rows_h, kGruLanes);
     clear(s.dgates, g.rows_dg * g.wide);
-    rows_of<const float>(tile, grad.dh_n + direction * batch * hidden, hidden, g.lanes, s.zeros, from);
-    load_panel(from, g.lanes, hidden, s.dh, g.lanes);
+    rows_of<const float>(tile, grad.dh_n + direction * batch * hidden, hidden, kGruLanes, s.zeros, from);
+    load_panel(from, kGruLanes, hidden, s.dh, kGruLanes);
 
     for (int64_t first = (tile.steps() - 1) / g.chunk * g.chunk; first >= 0 && tile.steps() > 0; first -= g.chunk) {
         const int64_t end = first + g.chunk < tile.steps() ? first + g.chunk : tile.steps();
-        const int64_t lanes = (end - first) * g.lanes;
+        const int64_t lanes = (end - first) * kGruLanes;
         for (int64_t step = end - 1; step >= first; --step) {
-            const int64_t active = tile.active(step), at = (step - first) * g.lanes;
-            rows_at(tile, dy, grad.dy_batch_stride, grad.dy_step_stride, step, active, g.lanes,
+            const int64_t active = tile.active(step), at = (step - first) * kGruLanes;
+            rows_at(tile, dy, grad.dy_batch_stride, grad.dy_step_stride, step, active, kGruLanes,
                     static_cast<const float*>(s.zeros), from);
-            load_panel(from, g.lanes, hidden, s.dy, g.lanes);
+            load_panel(from, kGruLanes, hidden, s.dy, kGruLanes);
             if (step > 0)
                 prefetch_rows<false>(from, active, direction ? grad.dy_step_stride : -grad.dy_step_stride, hidden);
             if (step)
-                rows_at(tile, y, layer.steps * width, width, step - 1, active, g.lanes,
+                rows_at(tile, y, layer.steps * width, width, step - 1, active, kGruLanes,
                         static_cast<const float*>(s.zeros), from);
             else
-                for (int64_t l = 0; l < g.lanes; ++l) from[l] = l < active ? h0 + tile.order[l] * hidden : s.zeros;
-            load_panel(from, g.lanes, hidden, s.h_prev + at, g.wide);
-            if (rows_h) copy_rows(from, g.lanes, hidden, s.h_rows + at * g.rows_h, g.rows_h);
+                for (int64_t l = 0; l < kGruLanes; ++l) from[l] = l < active ? h0 + tile.order[l] * hidden : s.zeros;
+            load_panel(from, kGruLanes, hidden, s.h_prev + at, g.wide);
+            if (rows_h) copy_rows(from, kGruLanes, hidden, s.h_rows + at * g.rows_h, g.rows_h);
             if (step > 1) prefetch_rows<false>(from, active, direction ? width : -width, hidden);
-            rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, active, g.lanes,
+            rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, active, kGruLanes,
                                  s.zeros, from);
             prefetch_rows<false>(from, active, 0, layer.in);
             if (dx) {
-                rows_at<float>(tile, dx, layer.steps * layer.in, layer.in, step, active, g.lanes, nullptr, to);
+                rows_at<float>(tile, dx, layer.steps * layer.in, layer.in, step, active, kGruLanes, nullptr, to);
                 prefetch_rows<true>(to, active, 0, layer.in);
             }
             gates_backward(reserve_at(run, direction, tile_index, step),
                            reserve_at(run, direction, tile_index, step ? step - 1 : 0), s.dy, s.h_prev + at, g.wide,
                            s.dh, g, hidden, active, s.dgates + at);
-            apply_strips<true>(weights.transposed[1], s.dgates + at, s.dh, g.lanes, g.lanes / VLEN);
+            apply_strips<true>(weights.transposed[1], s.dgates + at, s.dh, kGruLanes, kGruLanes / VLEN);
             if (grad.dgates_ih) store_dgates(run, tile, s.dgates + at, step, active);
         }
         if (dx) apply_strips<false>(weights.transposed[0], s.dgates, s.dx, g.wide, lanes / VLEN);
         for (int64_t step = first; step < end; ++step) {
-            const int64_t active = tile.active(step), at = (step - first) * g.lanes;
+            const int64_t active = tile.active(step), at = (step - first) * kGruLanes;
             if (dx) {
-                rows_at<float>(tile, dx, layer.steps * layer.in, layer.in, step, active, g.lanes, nullptr, to);
+                rows_at<float>(tile, dx, layer.steps * layer.in, layer.in, step, active, kGruLanes, nullptr, to);
                 if (add_dx)
                     store_panel<true>(s.dx + at, g.wide, layer.in, to, active);
                 else
                     store_panel<false>(s.dx + at, g.wide, layer.in, to, active);
             }
-            rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, active, g.lanes,
+            rows_at<const float>(tile, layer.x, layer.x_batch_stride, layer.x_step_stride, step, active, kGruLanes,
                                  s.zeros, from);
             if (rows_x)
-                copy_rows(from, g.lanes, layer.in, s.x_rows + at * g.rows_x, g.rows_x);
+                copy_rows(from, kGruLanes, layer.in, s.x_rows + at * g.rows_x, g.rows_x);
             else
-                load_panel(from, g.lanes, layer.in, s.x + at, g.wide);
+                load_panel(from, kGruLanes, layer.in, s.x + at, g.wide);
         }
         add_gradient(weights.tiles[0], s.dgates, g, s.x, s.x_rows, g.rows_x, lanes, s.grads[direction][0]);
         add_gradient(weights.tiles[1], s.dgates, g, s.h_prev, s.h_rows, g.rows_h, lanes, s.grads[direction][1]);
         if (layer.weights[0].d_bias) add_bias(s.dgates, g.rows_dg, g.wide, lanes, s.bias[direction]);
     }
     if (dx && !add_dx) clear_past_end(tile, dx, layer.steps * layer.in, layer.in, layer.steps, layer.in);
-    rows_of<float>(tile, grad.dh0 + direction * batch * hidden, hidden, g.lanes, nullptr, to);
-    store_panel<false>(s.dh, g.lanes, hidden, to, tile.size);
+    rows_of<float>(tile, grad.dh0 + direction * batch * hidden, hidden, kGruLanes, nullptr, to);
+    store_panel<false>(s.dh, kGruLanes, hidden, to, tile.size);
 }
 
 extern const GruTable gru_table;
