@@ -32,6 +32,8 @@ class Pattern(ABC):
 
     def why_not(self, out: int, in_: int) -> str | None:
         """Why a weight `[out, in]` cannot be cut by this pattern, or None where it can."""
+        if out * in_ == 0:
+            return f"a weight [{out}, {in_}] has no elements"
         padding = self.padding(out, in_)
         if padding > MAX_PADDING:
             return f"{self} pads [{out}, {in_}] by {padding:.0%} (more than {MAX_PADDING:.0%})"
@@ -55,7 +57,7 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         for side in (self.bh, self.bw):
-            if isinstance(side, bool) or side not in SIDES:
+            if type(side) is not int or side not in SIDES:
                 sides = ", ".join(map(str, SIDES))
                 raise ValueError(f"Block: sides must be one of {sides}; got {self.bh!r}x{self.bw!r}.")
 

@@ -32,7 +32,7 @@ def test_other_text_is_refused(text: object) -> None:
         parse_pattern(text)
 
 
-@pytest.mark.parametrize("side", [0, 2, 8 + 1, -16, 128, True, 16.0 + 0.5])
+@pytest.mark.parametrize("side", [0, 2, 8 + 1, -16, 128, True, 16.0, 16.5])
 def test_other_sides_are_refused(side: object) -> None:
     with pytest.raises(ValueError, match="sides must be one of 1, 4, "):
         Block(side, 16)
@@ -54,3 +54,8 @@ def test_the_reason_names_pattern_shape_and_limit() -> None:
     assert Block(16, 16).why_not(288, 13) is None  # 23 %
     assert Block(16, 16).why_not(3, 104) == "block:16x16 pads [3, 104] by 474% (more than 25%)"
     assert Unstructured().why_not(3, 3) is None
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0)], ids=str)
+def test_weights_without_elements_are_not_cut(shape: tuple[int, int]) -> None:
+    assert "has no elements" in str(Block(4, 4).why_not(*shape))
