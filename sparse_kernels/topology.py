@@ -157,9 +157,14 @@ class Topology(nn.Module):
 
     @property
     def nnz(self) -> int:
-        """Real elements of the active blocks, padding left out."""
+        """Real elements of the active blocks, padding left out.
+
+        On the meta device no block has a place yet; each counts as the mean of all places.
+        """
         if self.out % self.bh == 0 and self.in_ % self.bw == 0:
             return self.nnzb * self.bh * self.bw
+        if self.crow.is_meta:
+            return round(self.nnzb * self.numel / (self.row_blocks * self.col_blocks))
         heights, widths = self.weight_index().block_areas()
         rows, cols = self.coords()
         return int((heights[rows] * widths[cols]).sum())

@@ -626,6 +626,12 @@ def test_meta_device(kind: str) -> None:
     assert layer(example(kind).to("meta")) is not None
 
 
+def test_a_ragged_layer_on_the_meta_device_has_its_expected_density() -> None:
+    with torch.device("meta"):
+        layer = SparseLinear(50, 30, pattern="4x4", sparsity=0.5, rescale=True)
+    assert layer.topology.density == pytest.approx(0.5, abs=0.01) and "sparsity=0.5" in repr(layer)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_layer_leaves_the_meta_device_by_loading(kind: str, assign: bool) -> None:
