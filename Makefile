@@ -18,13 +18,13 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: demo test bench lint sanitize
 
-demo: $(VENV)/.stamp-demo
+demo: $(VENV)/.stamp-base
 	$(BIN)/sparsediff demo $(ARGS)
 
 test: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8 $(ARGS)
 
-bench: $(VENV)/.stamp-bench
+bench: $(VENV)/.stamp-base
 	$(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/.stamp-dev
@@ -33,9 +33,9 @@ lint: $(VENV)/.stamp-dev
 sanitize: $(VENV)/.stamp-test
 	$(BIN)/python tests/sanitize.py $(ARGS)
 
-# An environment with the extra of the stamp's name; torch first, so that a failing download fails before the build.
+# An environment with the extra of the stamp's name (base: none); torch first, so that a failing download fails before the build.
 $(VENV)/.stamp-%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) torch
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.$(if $(filter demo,$*),,[$*])'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.$(if $(filter base,$*),,[$*])'
 	touch $@
