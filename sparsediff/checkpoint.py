@@ -67,6 +67,9 @@ def save(
 
     Returns:
         The checkpoint's path.
+
+    Raises:
+        CheckpointError, OSError: it cannot be written, for example because the disk is full.
     """
     final = directory / f"step-{step:08d}"
     if final.exists():
@@ -81,7 +84,12 @@ def save(
         contents = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in contents.items()
         }
-        save_file(contents, partial / f"{part}.safetensors")
+        try:
+            save_file(contents, partial / f"{part}.safetensors")
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"checkpoint {final} cannot be written ({error}); make room on the disk, then resume from the newest."
+            ) from error
         flush(partial / f"{part}.safetensors")
     document = {"format": FORMAT, "step": step, "state": tree}
     (partial / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")

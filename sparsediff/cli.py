@@ -129,5 +129,6 @@ def main(args: Sequence[str] | None = None) -> int:
         # What these say is meant for the user; a traceback would bury it. Anything else is a bug and shows one.
         print(f"sparsediff {args[0]}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before or after training, which saves and returns 130 itself
+        print(f"sparsediff {args[0]}: interrupted.", file=sys.stderr)
         return 130

@@ -75,6 +75,8 @@ def _gpus() -> list[tuple[str, str]]:
         reason = native.cuda_why_unavailable()
         if not native.cuda_built():
             reason = "built without nvcc; reinstall with SPARSE_KERNELS_CUDA=on and a CUDA toolkit"
+        elif reason is not None:
+            reason += "; needs an NVIDIA GPU and a driver for the CUDA that this was built with"
         rows.append(("native", reason or f"{len(native.cuda_devices())} visible to the CUDA kernels"))
     return rows
 

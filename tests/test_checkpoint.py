@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sparsediff import checkpoint
 from sparsediff.metrics import MetricsLog, read_metrics
@@ -114,6 +115,18 @@ def test_unsavable_state_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"method\.x\.1 must be a tensor or a JSON value; got object"):
         write(tmp_path, 1, method={"x": [1, object()]})
     assert checkpoint.find(tmp_path) is None
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device.*; make room"):
+        write(tmp_path, 2)
+    assert checkpoint.load(tmp_path).step == 1
 
 
 def test_messages(tmp_path: Path) -> None:

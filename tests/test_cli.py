@@ -111,3 +111,12 @@ def test_sample_writes_pictures_and_drawings(tmp_path: Path, weights: str, capsy
     picture = tmp_path / "new" / "grid.png"
     assert cli.main(["sample", str(tmp_path / "run"), "--n", "4", "--out", str(picture), *options]) == 0
     assert picture.stat().st_size > 0 and str(picture) in capsys.readouterr().out
+
+
+def test_ctrl_c_outside_training_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "sample", (interrupted, ""))
+    assert cli.main(["sample", "x"]) == 130
+    assert capsys.readouterr().err == "sparsediff sample: interrupted.\n"

@@ -215,7 +215,8 @@ class DynamicMethod(Method):
         name = type(self).__name__
         if not self.weights:
             raise ValueError(
-                f"{name}: the model has no trainable sparse weight; call sparse_kernels.nn.sparsify on it first."
+                f"{name}: the model has no trainable sparse weight; call sparse_kernels.nn.sparsify on it first, with "
+                "a sparsity above 0 and a pattern that its weights can be cut by."
             )
         if self.optimizer is None:
             return
