@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from sparse_kernels import _native
+from sparsediff.doctor import cpu_name
 from sparsediff.timing import interleave, ratios
 
 __all__ = [
@@ -133,11 +134,6 @@ def peak_gflops(threads: int) -> float:
 
 def machine() -> dict[str, Any]:
     """What a row must say of where it was measured."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -146,7 +142,7 @@ def machine() -> dict[str, Any]:
         check=False,
     )
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "isa": _native.native().isa_name(),
         "torch": torch.__version__,
