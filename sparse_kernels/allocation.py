@@ -76,7 +76,13 @@ def _flops(weight: WeightShape) -> float:
             f"allocation 'flops' must know how often a forward uses each weight, and for {weight.name!r} it does not; "
             "pass example_inputs= to sparsify (or positions= to WeightShape)."
         )
-    return _erk(weight) / weight.positions if weight.positions > 0 else math.inf
+    if not weight.positions > 0:
+        # Without FLOPs it would be filled first, at the cost of every other weight.
+        raise ValueError(
+            f"allocation 'flops': no forward uses {weight.name!r} (positions {weight.positions:g}); pass "
+            "example_inputs= that reach it, or exclude it."
+        )
+    return _erk(weight) / weight.positions
 
 
 METHODS: dict[str, Callable[[WeightShape], float]] = {"erk": _erk, "uniform": _uniform, "flops": _flops}
@@ -129,7 +135,7 @@ def densities(weights: Sequence[WeightShape], sparsity: float, method: str = "er
         return [1.0] * len(weights)
     merged = _merge(weights)
     scores = {name: METHODS[method](weight) for name, weight in merged.items() if not weight.dense}
-    full = {name for name, weight in merged.items() if weight.dense or scores[name] == math.inf}
+    full = {name for name, weight in merged.items() if weight.dense}
     epsilon = 0.0
     while True:
         free = [name for name in merged if name not in full]
@@ -159,7 +165,7 @@ def allocate(weights: Sequence[WeightShape], sparsity: float, pattern: Block, me
         the weight, a block counts as its mean number of real elements.
 
     Raises:
-        ValueError: for an unknown method, an unreachable sparsity, or `"flops"` without positions.
+        ValueError: for an unknown method, an unreachable sparsity, or `"flops"` without positions above 0.
     """
     marked = [
         weight if weight.dense or pattern.why_not(weight.out, weight.in_) is None else _as_dense(weight)

@@ -51,8 +51,6 @@ def test_flops_divides_erk_by_the_work() -> None:
     seldom = WeightShape("seldom", 64, 64, positions=100)
     a, b = densities([often, seldom], 0.8, "flops")
     assert b / a == pytest.approx(10.0)
-    unused = WeightShape("unused", 64, 64, positions=0)
-    assert densities([often, unused], 0.5, "flops") == pytest.approx([0.0, 1.0])
 
 
 def test_saturated_weights_leave_the_sum() -> None:
@@ -123,6 +121,9 @@ def test_unreachable_names_the_lowest_total_and_the_remedy() -> None:
 def test_flops_without_positions_names_the_remedy() -> None:
     with pytest.raises(ValueError, match="for 'linear' it does not; pass example_inputs="):
         allocate([LINEAR], 0.5, Unstructured(), "flops")
+    unused = WeightShape("unused", 64, 64, positions=0)
+    with pytest.raises(ValueError, match="no forward uses 'unused'"):
+        allocate([WeightShape("often", 64, 64, positions=1000), unused], 0.5, Unstructured(), "flops")
 
 
 def test_wrong_arguments() -> None:
