@@ -116,7 +116,13 @@ static void sddmm_group(const SddmmOperands& s, const float* a, const float* b, 
         from[i] = b + (s.idx[e] - s.first) * strip + j;
         to[i] = q + i < end ? s.out + s.slot[e] * s.ha * s.hb + j : spare;
     }
+    const int64_t after = (q + kCount) / per_block, last = end / per_block;
     for (int64_t i = 0; i < s.ha; i += IR) {
+        // The blocks of the next group lie anywhere in memory: ask for them row by row while this one is computed.
+        for (int64_t e = after; e < smaller(after + ceil_div(kCount, per_block), last); ++e) {
+            const float* block = s.out + (s.slot[e] * s.ha + i) * s.hb;
+            for (int64_t line = 0; line < IR * s.hb; line += 16) __builtin_prefetch(block + line, 1);
+        }
         sddmm_tile<IR, NV, PIECE>(a + i, s.ha, from, s.hb, to, rows, accumulate);
         for (int p = 0; p < kCount; ++p)
             if (q + p < end) to[p] += IR * s.hb;
@@ -180,6 +186,7 @@ static void thin_group(const SddmmOperands& s, const float* a, const float* b, i
     for (int j = 0; j < NC; ++j) {
         from[j] = b + (s.idx[smaller(e + j, end - 1)] - s.first) * strip_size(rows, 1);
         to[j] = e + j < end ? s.out + s.slot[e + j] * s.ha : spare;
+        if (e + NC + j < end) __builtin_prefetch(s.out + s.slot[e + NC + j] * s.ha, 1);
     }
     for (int64_t i = 0; i < s.ha; i += VLEN) {
         thin_tile<NC>(a + i, s.ha, from, to, rows, accumulate);

