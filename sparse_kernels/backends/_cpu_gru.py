@@ -7,6 +7,7 @@ the batch by length, so callers pass sequences in any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ class _Held:
             for k, weight in enumerate(weights)
         ]
 
-    def layer(self, x: Tensor, h0: Tensor, lengths: Tensor | None, reserve: Tensor | None):  # type: ignore[no-untyped-def]
+    def layer(self, x: Tensor, h0: Tensor, lengths: Tensor | None, reserve: Tensor | None) -> Any:
         """The native layer; it holds addresses, so `self` and the arguments must outlive it."""
         return native().GruLayer(
             x.shape[0],
@@ -170,7 +171,7 @@ class _Held:
         )
 
 
-def _block_index(weight: GruWeight, in_: int):  # type: ignore[no-untyped-def]
+def _block_index(weight: GruWeight, in_: int) -> Any:
     i = weight.index
     if i is None:
         return native().BlockIndex(weight.tensor.shape[0], in_, 0, 0, 0, 0, 0, 0, 0, 0, 0)
