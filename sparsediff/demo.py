@@ -132,7 +132,6 @@ class Racer:
         self.run = Run(config, data)
         self.validation = validation
         self.curve = Curve()
-        self.regrows = 0
         self.folder = Path(config.out)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # an earlier demo's, made with other settings
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,8 @@ class Racer:
             done = run.training_step()
             loss = run.mean_loss()
             run.seconds += time.perf_counter() - start
-            self.regrows += bool(done and done.get("moved"))
+            if done and done.get("moved"):
+                self.curve.regrows.append((run.step, run.seconds))
             self.curve.steps.append(run.step)
             self.curve.seconds.append(run.seconds)
             self.curve.losses.append(loss)
@@ -337,7 +337,7 @@ def summarise(
         "seconds": {name: round(racer.run.seconds, 2) for name, racer in racers.items()},
         "steps": sparse.run.step,
         "steps_dense": dense.run.step,
-        "regrows": sparse.regrows,
+        "regrows": len(sparse.curve.regrows),
         "final_loss": sparse.curve.validation[-1][2],
         "final_loss_dense": dense.curve.validation[-1][2],
         "train_loss": sparse.recent_loss,

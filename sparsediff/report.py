@@ -42,12 +42,14 @@ class Curve:
     Args:
         steps, seconds, losses: of every training step; seconds of training, all else left out.
         validation: (step, seconds, loss of the averaged model).
+        regrows: (step, seconds) of changes of the topology.
     """
 
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float, float]] = field(default_factory=list)
+    regrows: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,9 @@ def curves_html(result: Result) -> str:
     )
     return (
         f"<div class='two'>{pictures}</div><p class='fine'>Points: validation loss of the averaged model, on held-out "
-        "drawings with fixed timesteps and noise. Pale lines: training loss, smoothed. The two models trained in turns "
-        "of a few seconds, so that what else the machine did met both.</p>"
+        "drawings with fixed timesteps and noise. Pale lines: training loss, smoothed. Dotted: regrows; what they "
+        "drop costs loss at first. The two models trained in turns of a few seconds, so that what else the machine did "
+        "met both.</p>"
     )
 
 
@@ -317,6 +320,8 @@ def curve_png(curves: dict[str, Curve], over: str) -> bytes:
         x = np.asarray(curve.seconds if over == "seconds" else curve.steps, dtype=np.float64)
         losses = smooth(np.asarray(curve.losses, dtype=np.float64))
         axes.plot(x[-len(losses) :] if len(losses) else x, losses, color=colour, alpha=0.35, linewidth=1)
+        for step, seconds in curve.regrows:
+            axes.axvline(seconds if over == "seconds" else step, color=colour, linewidth=0.8, linestyle=":")
         points = np.array(curve.validation, dtype=np.float64).reshape(-1, 3)
         at = points[:, 1 if over == "seconds" else 0]
         axes.plot(at, points[:, 2], color=colour, marker="o", markersize=3.5, linewidth=1.8, label=name)

@@ -47,7 +47,7 @@ def test_verdict_is_silent_about_losses_before_training() -> None:
 def test_curves_of_any_length_are_drawn(over: str, steps: int) -> None:
     seconds = [0.1 * (i + 1) for i in range(steps)]
     losses = [1 / (i + 1) for i in range(steps)]
-    curve = Curve(list(range(1, steps + 1)), seconds, losses, [(0, 0.0, 1.0), (steps, 0.1 * steps, 0.5)])
+    curve = Curve(list(range(1, steps + 1)), seconds, losses, [(0, 0.0, 1.0), (steps, 0.1 * steps, 0.5)], [(2, 0.2)])
     picture = Image.open(
         io.BytesIO(report.curve_png({"dense": curve, "sparse": Curve(validation=[(0, 0.0, 1.0)])}, over))
     )
