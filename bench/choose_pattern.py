@@ -121,8 +121,7 @@ def summarize(out: Path) -> str:
             axes.plot([r[over] for r in rows[1:]], [r["validation"] for r in rows[1:]], label=name, marker=".")
         axes.set_xlabel("CPU seconds of training, one thread" if over == "seconds" else "training steps")
         axes.set_ylabel("validation loss")
-        axes.set_yscale("log")
-        axes.grid(color="#e3e7ed", which="both")
+        axes.grid(color="#e3e7ed")
         axes.legend(frameon=False)
     (out / "curves.png").write_bytes(figure_png(figure))
     sheets = {name: out / f"{slug(name)}.png" for name in runs}
