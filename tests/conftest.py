@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+
+# Inductor's cache on disk knows an op by its name, not by its code: what another version of the kernels left there would
+# be taken for this one's.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 # Machines that run tests are shared, so a slow example is no failure; and a red test must be red again tomorrow.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
