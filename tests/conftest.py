@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
-import torch
 
-# Inductor's cache on disk knows an op by its name, not by its code: what another version of the kernels left there would
-# be taken for this one's.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# Inductor's cache on disk knows an op by its name, not by its code: what another version of the kernels left there
+# would be taken for this one's. So each run has a cache of its own, which its workers inherit.
+if "SPARSEDIFF_TEST_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="inductor-")
+    os.environ["SPARSEDIFF_TEST_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = _cache.name
+
+import torch
 
 # Machines that run tests are shared, so a slow example is no failure; and a red test must be red again tomorrow.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
