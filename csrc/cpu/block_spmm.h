@@ -11,8 +11,8 @@
 //   to
 //                                 do with an x it loads
 //
-// wide and pair are `direct`: they read X as it lies. An output's sum runs over its row's blocks in index order,
-// whatever the tile, the tail or the thread.
+// wide and pair are `direct`: they read rows of X, packed a slice at a time. An output's sum runs over its row's blocks
+// in index order, whatever the tile, the tail or the thread.
 #pragma once
 
 #include "cpu/transpose.h"

@@ -14,47 +14,38 @@ constexpr int64_t kSliceBytes = 512 << 10;
 SK_INLINE int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct SpmmPlan {
-    bool direct, outer, pack_weights, pack_x;
+    bool direct, outer, pack_weights;
     int64_t unit;                      // positions are dealt in multiples of it
     int64_t tiles, row_parts;          // tasks: position tiles x ranges of row blocks
     int64_t max_rows;                  // of a tile
-    int64_t ldp;                       // row stride of a packed slice (direct), floats
+    int64_t ldp;                       // row stride of a packed slice (direct), floats: an odd number of cache lines
     int64_t weight_bytes, task_bytes;  // packed weights; scratch of one thread
 };
 
-// Whether MR rows of this stride crowd a few sets of the first-level cache (64 sets of 64 bytes, 8 or 12 ways).
-static bool crowded(int64_t ld, int64_t rows) {
-    int64_t bytes = 4 * ld, period = 1;
-    while (period < 64 && (bytes * period) % 4096) period *= 2;
-    return rows > 6 * period;
-}
-
-static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t ldx, int64_t positions, int64_t threads) {
+static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t positions, int64_t threads) {
     const int64_t nb = transposed ? w.bw : w.bh, kb = transposed ? w.bh : w.bw;
     const int64_t n = transposed ? w.in : w.out, k = transposed ? w.out : w.in;
     SpmmPlan p;
     p.direct = nb >= VLEN && kb >= 8;
     p.outer = nb == 1;
     p.pack_weights = p.direct && (!transposed || nb == VLEN);
-    p.pack_x = p.direct && crowded(ldx, kRows);
     p.unit = p.direct ? kRows : p.outer ? kOuterVectors * VLEN : (nb >= kWideOutputs ? 3 : 6) * VLEN;
     const int64_t units = ceil_div(positions, p.unit);
     const int64_t slice = larger(1, (p.direct ? kSliceBytes / 2 : kSliceBytes) / (4 * k * p.unit));
     p.tiles = smaller(units, ceil_div(ceil_div(units, slice), threads) * threads);
     p.row_parts = p.outer ? 1 : smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
     p.max_rows = p.tiles ? ceil_div(units, p.tiles) * p.unit : 0;
-    p.ldp = (k + 15) / 16 * 16 + 16;
+    p.ldp = (ceil_div(k, 16) | 1) * 16;
     p.weight_bytes = p.pack_weights ? aligned(4 * w.nnzb * w.bh * w.bw) : 0;
     if (p.direct)
-        p.task_bytes = p.pack_x ? aligned(4 * p.max_rows * p.ldp) : 0;
+        p.task_bytes = aligned(4 * p.max_rows * p.ldp);
     else
         p.task_bytes = aligned(4 * (k * p.max_rows + (p.outer ? n : kPanelOutputs) * p.unit));
     return p;
 }
 
 static int64_t spmm_workspace(const BlockIndex& w, bool transposed, int64_t positions, int64_t threads) {
-    // A stride that is the worst case: the bound must not depend on it.
-    const SpmmPlan p = plan_spmm(w, transposed, 1024, positions, threads);
+    const SpmmPlan p = plan_spmm(w, transposed, positions, threads);
     return p.weight_bytes + threads * p.task_bytes;
 }
 
@@ -96,7 +87,7 @@ static void outer_task(const SpmmOperands& a, int64_t p0, int64_t p1, float* scr
 
 static void spmm(const BlockIndex& w, bool transposed, const float* values, const float* x, int64_t ldx,
                  const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
-    const SpmmPlan p = plan_spmm(w, transposed, ldx, positions, threads);
+    const SpmmPlan p = plan_spmm(w, transposed, positions, threads);
     SpmmOperands a;
     a.n = transposed ? w.in : w.out, a.k = transposed ? w.out : w.in;
     a.nb = transposed ? w.bw : w.bh, a.kb = transposed ? w.bh : w.bw;
@@ -129,9 +120,10 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             const int64_t p1 = smaller(positions, units * (tile + 1) / p.tiles * p.unit);
             const int64_t r0 = row_blocks * part / p.row_parts, r1 = row_blocks * (part + 1) / p.row_parts;
             if (p.direct) {
-                const float* rows = a.x + p0 * ldx;
-                if (p.pack_x) copy_rows(rows, ldx, mine, p.ldp, p1 - p0, a.k);
-                direct_tiles(a, p.pack_x ? mine : rows, p.pack_x ? p.ldp : ldx, a.y + p0 * ldy, p1 - p0, r0, r1);
+                // One sequential pass that the hardware prefetches; the tiles would meet cold rows line by line, and 12
+                // rows a multiple of 4 KiB apart would share the sets of the first-level cache.
+                copy_rows(a.x + p0 * ldx, ldx, mine, p.ldp, p1 - p0, a.k);
+                direct_tiles(a, mine, p.ldp, a.y + p0 * ldy, p1 - p0, r0, r1);
             } else if (a.nb >= kWideOutputs) {
                 panel_task<kWideOutputs, 3>(a, p0, p1, r0, r1, mine);
             } else if (p.outer) {
