@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import WeightIndex
+from ._cpu_block import native_index
 from .registry import GruGrads, GruWeight
 
 # Buffers from this size on ask for large pages: the C library returns buffers of this kind to the system when they are
@@ -172,11 +173,9 @@ class _Held:
 
 
 def _block_index(weight: GruWeight, in_: int) -> Any:
-    i = weight.index
-    if i is None:
+    if weight.index is None:
         return native().BlockIndex(weight.tensor.shape[0], in_, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    tensors = (i.crow, i.col, i.slot, i.ccol, i.row_t, i.slot_t)
-    return native().BlockIndex(i.out, i.in_, i.bh, i.bw, i.nnzb, *(t.data_ptr() for t in tensors))
+    return native_index(weight.index)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..backends.reference import score_dtype
@@ -147,7 +148,33 @@ def dtype_of(tensor: Tensor | None) -> torch.dtype:
     return torch.float32 if tensor is None else tensor.dtype
 
 
+class ProductAutograd(torch.autograd.Function):
+    """Autograd of an op `(x, values, bias, score_tap, *rest)` whose backward op takes `(dy, x, values, *rest)`, with
+    the list of wanted gradients before the backend's name, which comes last in `rest`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Any, backward_op: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.backward_op, ctx.rest = backward_op, rest
+        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
+        return forward(x, values, bias, tap, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, values = ctx.saved_tensors
+        *shapes, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[2:6])
+        dx, *others = ctx.backward_op(dy, x, values, *shapes, needs, backend)
+        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
+        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
+        return None, None, *wanted, *[None] * len(ctx.rest)
+
+
 __all__ = [
+    "ProductAutograd",
     "check_bias",
     "check_floating",
     "check_tap",

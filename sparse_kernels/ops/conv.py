@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..backends.reference import memory_format
@@ -20,11 +19,11 @@ from ..backends.registry import ConvGeometry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
+    ProductAutograd,
     check_bias,
     check_tap,
     check_values,
     define,
-    dtype_of,
     empty,
     register_autocast,
     register_autograd,
@@ -144,27 +143,7 @@ _conv2d_backward = define(
 )
 
 
-class _Autograd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, forward: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.rest = rest
-        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
-        return forward(x, values, bias, tap, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, values = ctx.saved_tensors
-        index, shape, geometry, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[1:5])
-        dx, *others = _conv2d_backward(dy, x, values, index, shape, geometry, needs, backend)
-        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
-        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
-        return None, *wanted, None, None, None, None
-
-
-register_autograd(_conv2d, _Autograd.apply)
+register_autograd(_conv2d, lambda forward, *given: ProductAutograd.apply(forward, _conv2d_backward, *given))
 register_autocast(
     _conv2d, "conv", lambda x, values, bias, tap, index, shape, geometry, backend: Block(shape[3], shape[4])
 )

@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import registry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
+    ProductAutograd,
     check_bias,
     check_tap,
     check_values,
     define,
-    dtype_of,
     empty,
     register_autocast,
     register_autograd,
@@ -108,27 +106,7 @@ _linear_backward = define(
 )
 
 
-class _Autograd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, forward: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any) -> Tensor:
-        ctx.save_for_backward(x, values)
-        ctx.rest = rest
-        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
-        return forward(x, values, bias, tap, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, values = ctx.saved_tensors
-        index, shape, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[1:5])
-        dx, *others = _linear_backward(dy, x, values, index, shape, needs, backend)
-        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
-        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
-        return None, *wanted, None, None, None
-
-
-register_autograd(_linear, _Autograd.apply)
+register_autograd(_linear, lambda forward, *given: ProductAutograd.apply(forward, _linear_backward, *given))
 register_autocast(_linear, "linear", lambda x, values, bias, tap, index, shape, backend: Block(shape[3], shape[4]))
 
 
