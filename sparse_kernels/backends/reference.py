@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..patterns import Block
 from ..topology import WeightIndex
-from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
+from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register, score_dtype
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -29,11 +29,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         lowest = stride * max(size, 1)
     return torch.channels_last
-
-
-def score_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs: what weight gradients and scores are returned in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class DenseWeightBackend(Backend):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import registry
-from ..backends.reference import score_dtype
+from ..backends.registry import ProductGrads, score_dtype
 from ..patterns import Block
 from ..topology import Topology
 
@@ -143,6 +143,18 @@ def empty(x: Tensor, wanted: bool, shape: list[int], dtype: torch.dtype | None =
     return x.new_empty(shape if wanted else [0], dtype=dtype or x.dtype)
 
 
+def returned(grads: ProductGrads, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as a backward op returns them: an empty tensor for each that was not wanted."""
+    dtype = score_dtype(x)
+    dx, dvalues, dbias, scores = grads
+    return (
+        empty(x, False, []) if dx is None else dx,
+        empty(x, False, [], dtype) if dvalues is None else dvalues,
+        empty(x, False, [], dtype) if dbias is None else dbias,
+        empty(x, False, [], dtype) if scores is None else scores,
+    )
+
+
 def dtype_of(tensor: Tensor | None) -> torch.dtype:
     """The dtype that a gradient of `tensor` must have; any where there is no tensor."""
     return torch.float32 if tensor is None else tensor.dtype
@@ -184,5 +196,6 @@ __all__ = [
     "empty",
     "register_autocast",
     "register_autograd",
+    "returned",
     "score_dtype",
 ]

@@ -27,6 +27,7 @@ from .common import (
     empty,
     register_autocast,
     register_autograd,
+    returned,
     score_dtype,
 )
 
@@ -97,16 +98,9 @@ def _backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backend(backend, x, shape)
     where, conv = WeightIndex.unpack(index, shape), _geometry(geometry)
-    dy = dy.to(x.dtype)
-    dtype = score_dtype(x)
-    need_x, need_values, need_bias, need_scores = needs
-    dx = _in_format(run.spmm_t(dy, values, where, conv, x), x, x.shape) if need_x else empty(x, False, [])
-    dvalues = run.sddmm(dy, x, where, conv) if need_values else empty(x, False, [], dtype)
-    dbias = dy.sum((0, 2, 3), dtype=dtype) if need_bias else empty(x, False, [], dtype)
-    scores = run.block_scores(dy, x, where, conv) if need_scores else empty(x, False, [], dtype)
-    return dx, dvalues, dbias, scores
+    grads = _backend(backend, x, shape).product_backward(dy.to(x.dtype), x, values, where, needs, conv)
+    return returned(grads if grads.x is None else grads._replace(x=_in_format(grads.x, x, x.shape)), x)
 
 
 def _backward_fake(

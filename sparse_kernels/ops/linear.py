@@ -24,6 +24,7 @@ from .common import (
     empty,
     register_autocast,
     register_autograd,
+    returned,
     score_dtype,
 )
 
@@ -67,16 +68,10 @@ def _backward(
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backend(backend, x, shape)
     where = WeightIndex.unpack(index, shape)
     rows_dy, rows_x = _rows(dy.to(x.dtype)), _rows(x)
-    need_x, need_values, need_bias, need_scores = needs
-    dtype = score_dtype(x)
-    dx = run.spmm_t(rows_dy, values, where).reshape(x.shape) if need_x else empty(x, False, [])
-    dvalues = run.sddmm(rows_dy, rows_x, where) if need_values else empty(x, False, [], dtype)
-    dbias = rows_dy.sum(0, dtype=dtype) if need_bias else empty(x, False, [], dtype)
-    scores = run.block_scores(rows_dy, rows_x, where) if need_scores else empty(x, False, [], dtype)
-    return dx, dvalues, dbias, scores
+    grads = _backend(backend, x, shape).product_backward(rows_dy, rows_x, values, where, needs)
+    return returned(grads if grads.x is None else grads._replace(x=grads.x.reshape(x.shape)), x)
 
 
 def _backward_fake(
