@@ -25,13 +25,16 @@ from torch import Tensor, nn
 
 from .topology import Topology
 
-Policy = Literal["mean", "zero", "keep"]
+Policy = Literal["score", "mean", "zero", "keep"]
 StatePolicy = Policy | Mapping[str, Policy]
-POLICIES = ("mean", "zero", "keep")
+POLICIES = ("score", "mean", "zero", "keep")
 
 # What the optimizers of torch call the state that has a direction; it starts anew under every policy but "keep".
 # Anything else that is never negative is a scale (second moments, step sizes).
 DIRECTIONS = frozenset(["exp_avg", "momentum_buffer", "grad_avg", "ax", "prev"])
+
+# What they call averages of squared gradients, which a block's own score can stand in for.
+SQUARES = frozenset(["exp_avg_sq", "max_exp_avg_sq", "square_avg", "row_var", "col_var", "variance"])
 
 
 class Weight(Protocol):
@@ -52,12 +55,14 @@ class Candidates:
     Args:
         positions: `row * col_blocks + col`, int64 `[m]`, ascending. scores: of those blocks, `[m]`.
         active: scores of the active blocks by slot `[nnzb]`, or None where dropped blocks may not return.
+        total: of the active blocks' scores, fp64 `[]`.
         finite: bool `[]`, on the device: whether all scores were finite.
     """
 
     positions: Tensor
     scores: Tensor
     active: Tensor | None
+    total: Tensor
     finite: Tensor
 
     @classmethod
@@ -77,10 +82,10 @@ class Candidates:
         finite = flat.isfinite().all()
         rows, cols = topology.coords()
         present = rows * topology.col_blocks + cols
-        kept = flat[present] if active else None
+        kept = flat[present]
         flat.index_fill_(0, present, -math.inf)
         positions = best_positions(flat, min(count, inactive_blocks(topology)), largest=True)
-        return cls(positions, flat[positions], kept, finite)
+        return cls(positions, flat[positions], kept if active else None, kept.sum(dtype=torch.float64), finite)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def regrow(
     count: int,
     scores: Tensor | Candidates | None = None,
     generator: torch.Generator | None = None,
-    state_policy: StatePolicy = "mean",
+    state_policy: StatePolicy = "score",
     follow: Iterable[Tensor] = (),
     regrow_dropped: bool = False,
 ) -> RegrowReport:
@@ -151,11 +156,13 @@ def regrow(
 
     Grown values and their gradient are zero. Their optimizer state follows `state_policy`:
 
-    - "mean" (default): momenta zero, second moments the mean of the weight's surviving ones. Zeroing both under a
-      global step count would make Adam's first update `(1 − β1) / sqrt(1 − β2)` = 3.16 learning rates whatever the
-      gradient; with the mean v̄ it is `(1 − β1) r / sqrt(β2 + (1 − β2) r²)` for a gradient of `r · sqrt(v̄)`: 0.1 at
-      r = 1, and at most one learning rate up to r = 10. State of an unknown name counts as a second moment if it is
-      nowhere negative.
+    - "score" (default): momenta zero, second moments v = max(v̄, ḡ²) of the weight's surviving mean v̄ and the block's
+      own mean squared gradient ḡ² = c · score / elements; c = Σ‖values.grad‖² / Σ score over the active blocks accounts
+      for clipping and unscaling. Growth picks blocks for their large gradient, so v̄ alone is far too small for them.
+      Zeroing both moments under a global step count would make Adam's first update `(1 − β1) / sqrt(1 − β2)` = 3.16
+      learning rates whatever the gradient, and v̄ alone nearly as much; with v it is 0.1 while the gradient is what it
+      was, and the updates after it grow to one. Random growth and a missing `values.grad` leave v̄.
+    - "mean": the same with v = v̄. State of an unknown name takes it under both policies if it is nowhere negative.
     - "zero": everything zero, as in RigL's code.
     - "keep": what the slot held, which belongs to the dropped block.
 
@@ -167,7 +174,7 @@ def regrow(
         scores: of every block `[row_blocks, col_blocks]`, or `Candidates` for at least `count` (whoever made them has
             looked at their `finite`); None: growth at random.
         generator: source of the random growth, drawn on its own device; None is torch's global one.
-        state_policy: one of the names above, or a dict from state names to them ("mean" for those it leaves out).
+        state_policy: one of the names above, or a dict from state names to them ("score" for those it leaves out).
         follow: further tensors `[nnzb, bh, bw]` that share the topology, such as an EMA of the values; zeroed alike.
         regrow_dropped: let the just dropped blocks compete for the free places, with their own scores. One that wins
             is left as it was, value and state included (as in RigL's code), so fewer than `count` blocks move. Default
@@ -198,14 +205,20 @@ def regrow(
     positions = rows[slots] * topology.col_blocks + cols[slots]
     kept = None
     if not regrow_dropped:
-        grown = candidates.positions[best_positions(candidates.scores, count, largest=True)]
+        best = best_positions(candidates.scores, count, largest=True)
+        grown, won = candidates.positions[best], candidates.scores[best]
     else:
-        grown, kept = _compete(positions, slots, candidates, count)
+        grown, won, kept = _compete(positions, slots, candidates, count)
     report = RegrowReport(weight.name, slots, grown // topology.col_blocks, grown % topology.col_blocks, kept)
 
-    for state, scale in states:
-        mean = scale and count > 0
-        content = _survivors_mean(state, topology, slots, rows, cols) if mean else state.new_zeros(())
+    square = None if scores is None else _squared_gradients(values, topology, report, won, candidates.total)
+    for state, start in states:
+        if start == "zero" or count == 0:
+            content = state.new_zeros(())
+        else:
+            content = _survivors_mean(state, topology, slots, rows, cols)
+            if start == "score" and square is not None:
+                content = torch.maximum(content, square.to(state.dtype)[:, None, None])
         _write(state, slots, content, kept)
     zeroed = [values, *followers] if values.grad is None else [values, *followers, values.grad]
     for tensor in zeroed:
@@ -249,8 +262,9 @@ def _smallest(values: Tensor, topology: Topology, rows: Tensor, cols: Tensor, co
     return by_position[best_positions(squares[by_position], count, largest=False)]
 
 
-def _compete(positions: Tensor, slots: Tensor, candidates: Candidates, count: int) -> tuple[Tensor, Tensor]:
-    """Best `count` of the dropped and the inactive blocks: new position of every dropped slot, and which ones won."""
+def _compete(positions: Tensor, slots: Tensor, candidates: Candidates, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Best `count` of the dropped and the inactive blocks: new position of every dropped slot, the score that the block
+    has there, and which of the dropped ones won."""
     assert candidates.active is not None
     # In the order of positions, so that ties go to the lower one.
     order = torch.cat([positions, candidates.positions]).argsort()
@@ -262,8 +276,29 @@ def _compete(positions: Tensor, slots: Tensor, candidates: Candidates, count: in
     # The i-th loser's slot goes to the i-th newcomer; both are equally many, and only the device knows how many.
     newcomers = torch.nonzero_static(new, size=count, fill_value=0).squeeze(1)
     rank = (~kept).cumsum(0) - 1
-    taken = candidates.positions[newcomers[rank.clamp(min=0)]] if candidates.positions.numel() else positions
-    return torch.where(kept, positions, taken), kept
+    own = candidates.active[slots]
+    if not candidates.positions.numel():
+        return positions, own, kept
+    chosen = newcomers[rank.clamp(min=0)]
+    taken, theirs = candidates.positions[chosen], candidates.scores[chosen]
+    return torch.where(kept, positions, taken), torch.where(kept, own, theirs), kept
+
+
+def _squared_gradients(
+    values: nn.Parameter, topology: Topology, report: RegrowReport, scores: Tensor, total: Tensor
+) -> Tensor | None:
+    """Mean squared gradient of each grown block `[k]`, in the scale of `values.grad`; None where there is none.
+
+    Args:
+        scores: of the grown blocks `[k]`. total: of the active blocks' scores.
+    """
+    if values.grad is None:
+        return None
+    scale = values.grad.detach().square().sum(dtype=torch.float64) / total
+    heights, widths = topology.weight_index().block_areas()
+    elements = heights[report.rows] * widths[report.cols]
+    # No active block had a gradient: their ratio says nothing.
+    return (torch.where(total > 0, scale, 1.0) * scores / elements).nan_to_num(nan=0.0, posinf=0.0)
 
 
 # Optimizer state
@@ -271,14 +306,14 @@ def _compete(positions: Tensor, slots: Tensor, candidates: Candidates, count: in
 
 def _slot_states(
     name: str, values: nn.Parameter, optimizer: torch.optim.Optimizer | None, policy: StatePolicy
-) -> list[tuple[Tensor, bool]]:
-    """The state tensors that are to be overwritten, and whether each takes the survivors' mean (or zero)."""
+) -> list[tuple[Tensor, Policy]]:
+    """The state tensors that are to be overwritten, and what each begins with: "score", "mean" or "zero"."""
     named = policy if isinstance(policy, Mapping) else {}
-    default: Policy = "mean" if isinstance(policy, Mapping) else policy
+    default: Policy = "score" if isinstance(policy, Mapping) else policy
     for rule in (default, *named.values()):
         if rule not in POLICIES:
             raise ValueError(f"regrow: a state policy is one of {', '.join(POLICIES)}; got {rule!r}.")
-    found: list[tuple[Tensor, bool]] = []
+    found: list[tuple[Tensor, Policy]] = []
     state: Mapping[str, Any] = {} if optimizer is None else optimizer.state.get(values, {})
     for key, item in state.items():
         rule = named.get(key, default)
@@ -292,7 +327,11 @@ def _slot_states(
                 f"follow a regrow; expected [{values.shape[0]}, {values.shape[1]} or 1, {values.shape[2]} or 1], got "
                 f"{kind}; use another optimizer, or state_policy={{{key!r}: 'keep'}} to leave it as it is."
             )
-        found.append((item, rule == "mean" and key not in DIRECTIONS))
+        if key in DIRECTIONS:
+            rule = "zero"
+        elif rule == "score" and key not in SQUARES:
+            rule = "mean"
+        found.append((item, rule))
     return found
 
 

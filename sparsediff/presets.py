@@ -107,7 +107,7 @@ class TrainConfig:
     """How p develops until t_end."""
     t_end: float = 1.0
     """The fraction of the run after which the topology stays as it is."""
-    state_policy: Literal["mean", "zero", "keep"] = "mean"
+    state_policy: Literal["score", "mean", "zero", "keep"] = "score"
     """What the optimizer state of a grown weight begins with."""
     regrow_dropped: bool = False
     """Whether just dropped blocks may win their place back at once."""

@@ -365,6 +365,64 @@ def test_the_first_update_of_grown_weights_is_bounded() -> None:
     assert first_update({"exp_avg_sq": "zero"}, 1.0) > 2.5
 
 
+@pytest.mark.parametrize("regrow_dropped", [False, True])
+@pytest.mark.parametrize("clip", [1.0, 1e-3])
+def test_the_first_update_of_blocks_chosen_for_their_gradient_is_bounded(clip: float, regrow_dropped: bool) -> None:
+    def largest_updates(policy: Any) -> tuple[float, float]:
+        """The first update and the largest of ten, in learning rates, for gradients 30 times the survivors'."""
+        weight = weight_of(60, 90, Block(16, 16), 1)
+        topology, values, lr = weight.topology, weight.values, 1e-3
+        optimizer = torch.optim.Adam([values], lr=lr)
+        weight.train(optimizer, 2000, scale=clip, seed=4)
+        # One score has not been clipped, the gradient has.
+        heights, widths = topology.weight_index().block_areas()
+        scores = 900.0 * heights[:, None] * widths[None, :]
+        rows, cols = topology.coords()
+        scores[rows, cols] = values.grad.square().sum((1, 2)) / clip**2
+        slots = regrow(
+            weight, optimizer, count=4, scores=scores, state_policy=policy, regrow_dropped=regrow_dropped
+        ).slots
+        sizes = []
+        for _ in range(10):
+            before = values.detach().clone()
+            values.grad = torch.full_like(values, clip).masked_fill_(weight.padding(), 0)
+            values.grad[slots] *= 30
+            optimizer.step()
+            sizes.append(float((values.detach() - before)[slots].abs().max()) / lr)
+        return sizes[0], max(sizes)
+
+    first, most = largest_updates("score")
+    assert 0.09 < first < 0.11
+    assert most < 1
+    first, most = largest_updates("mean")
+    assert first > 2
+    assert most > 4
+    assert largest_updates({"exp_avg_sq": "mean"})[0] > 2
+    assert largest_updates({})[0] < 0.11
+
+
+def test_score_falls_back_to_the_mean_without_a_gradient_or_scores() -> None:
+    def second_moments(policy: str, scored: bool, gradient: float | None) -> Tensor:
+        weight = weight_of(36, 50, Block(8, 16), 1)
+        optimizer = torch.optim.AdamW([weight.values])
+        weight.train(optimizer)
+        weight.values.grad = None if gradient is None else torch.full_like(weight.values, gradient)
+        scores = torch.full((weight.topology.row_blocks, weight.topology.col_blocks), 1e6) if scored else None
+        if scored and gradient == 0:
+            rows, cols = weight.topology.coords()
+            scores[rows, cols] = 0
+        report = regrow(weight, optimizer, count=3, scores=scores, state_policy=policy)
+        return optimizer.state[weight.values]["exp_avg_sq"][report.slots]
+
+    for scored, gradient in ((False, 1.0), (True, None)):
+        torch.manual_seed(0)
+        expected = second_moments("mean", scored, gradient)
+        torch.manual_seed(0)
+        torch.testing.assert_close(second_moments("score", scored, gradient), expected, rtol=0, atol=0)
+    # Where no active block had a gradient there is no scale to learn from, and the score counts as it is.
+    assert (second_moments("score", True, 0.0) >= 1e6 / (8 * 16)).all()
+
+
 def test_policies_keep_and_zero() -> None:
     for policy, check in (("keep", lambda new, old: torch.equal(new, old)), ("zero", lambda new, old: not new.any())):
         weight = weight_of(64, 96, Block(16, 16), 1)
@@ -448,7 +506,7 @@ def weights(draw: Any) -> Weight:
     name=st.sampled_from(["adamw", "adam", "amsgrad", "sgd-momentum", "rmsprop", "adafactor"]),
     scored=st.booleans(),
     regrow_dropped=st.booleans(),
-    policy=st.sampled_from(["mean", "zero", "keep"]),
+    policy=st.sampled_from(["score", "mean", "zero", "keep"]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -61,7 +61,7 @@ class DynamicMethod(Method):
         drop: float = 0.05,
         anneal: Anneal = "constant",
         t_end: int | float = 1.0,
-        state_policy: StatePolicy = "mean",
+        state_policy: StatePolicy = "score",
         regrow_dropped: bool = False,
     ) -> None:
         if generator is None:
