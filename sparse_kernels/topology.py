@@ -25,10 +25,13 @@ __all__ = ["Deriver", "Topology", "WeightIndex"]
 
 
 class Deriver(Protocol):
-    """Fills a backend's own index buffers from a topology; their capacity depends on shapes and nnzb alone."""
+    """Fills a backend's own index buffers from a topology on a device of its type; their capacity depends on shapes
+    and nnzb alone."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def device_type(self) -> str: ...
     def capacity(self, topology: Topology) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]: ...
     def fill(self, topology: Topology, buffers: Mapping[str, Tensor]) -> None: ...
 
@@ -227,9 +230,20 @@ class Topology(nn.Module):
         self._write(old_rows.index_copy(0, slots, rows), old_cols.index_copy(0, slots, cols))
 
     def attach(self, deriver: Deriver) -> None:
-        """Registers a backend's derived buffers (non-persistent, fixed capacity) and fills them; idempotent."""
+        """Registers a backend's derived buffers (non-persistent, fixed capacity) and fills them; idempotent.
+
+        A later move to a device of another type than the deriver's forgets them.
+
+        Raises:
+            ValueError: where the topology lies on a device of another type.
+        """
         if deriver.name in self._derivers:
             return
+        if self.crow.device.type != deriver.device_type:
+            raise ValueError(
+                f"Topology.attach: deriver {deriver.name!r} serves {deriver.device_type}, and this topology is on "
+                f"{self.crow.device}; move it first."
+            )
         names = []
         for buffer, (shape, dtype) in deriver.capacity(self).items():
             name = f"{deriver.name}_{buffer}"
@@ -239,13 +253,14 @@ class Topology(nn.Module):
         self._derived[deriver.name] = names
         self._fill(deriver)
 
-    def release(self) -> None:
-        """Forgets every derived buffer, as before a move to a device where they mean nothing."""
-        for names in self._derived.values():
-            for name in names:
-                delattr(self, name)
-        self._derivers.clear()
-        self._derived.clear()
+    def release(self, device_type: str | None = None) -> None:
+        """Forgets every derived buffer, or those that a move to a device of `device_type` makes meaningless."""
+        for name, deriver in list(self._derivers.items()):
+            if deriver.device_type == device_type:
+                continue
+            for buffer in self._derived.pop(name):
+                delattr(self, buffer)
+            del self._derivers[name]
 
     def refresh(self) -> None:
         """Rebuilds the transposed view and every derived buffer from `crow`, `col`, `slot` (regrow, load, move)."""
@@ -335,6 +350,8 @@ class Topology(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Topology:
         before = self.crow
+        # Kernels of the old device must not be handed addresses of the new one.
+        self.release(fn(before[:0]).device.type)
         # Module.type() casts every buffer; an index stays what kernels read.
         super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
         if before.is_meta and not self.crow.is_meta:

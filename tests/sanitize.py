@@ -20,7 +20,7 @@ FLAGS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address -fsanitize=undefined 
 OVERRUN = """
 import torch
 from sparse_kernels import Block, Topology
-from sparse_kernels.backends._cpu_block import native, native_index, workspace
+from sparse_kernels.backends._cpu_launch import native, native_index, workspace
 index = Topology.full(16, 16, Block(16, 16)).weight_index()
 w, values, x, y = native_index(index), torch.ones(1, 16, 16), torch.ones(32, 16), torch.empty(32, 16)
 space = workspace(native().block_spmm_workspace_bytes(w, 33, 1))

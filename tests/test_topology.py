@@ -166,6 +166,7 @@ class Counting:
     """A deriver that notes how often it filled which buffers."""
 
     name = "counting"
+    device_type = "cpu"
 
     def __init__(self) -> None:
         self.fills = 0
@@ -194,6 +195,17 @@ def test_derived_buffers_follow_every_change() -> None:
     assert torch.equal(topology.index("counting")[-1].long(), topology.coords()[0])
     topology.release()
     assert len(topology.index("counting")) == 6 and "counting_rows" not in dict(topology.named_buffers())
+
+
+def test_derived_buffers_stay_on_the_device_of_their_deriver() -> None:
+    topology, deriver = Topology.random(32, 32, Block(4, 4), 20), Counting()
+    topology.attach(deriver)
+    topology.to("cpu")
+    assert len(topology.index("counting")) == 7
+    topology.to("meta")
+    assert deriver.fills == 1 and len(topology.index("counting")) == 6
+    with pytest.raises(ValueError, match="serves cpu, and this topology is on meta"):
+        topology.attach(deriver)
 
 
 def test_copies_are_independent() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import WeightIndex
-from ._cpu_block import native_index
+from ._cpu_launch import native_index
 from .registry import GruGrads, GruWeight
 
 # Buffers from this size on ask for large pages: the C library returns buffers of this kind to the system when they are

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import Topology, WeightIndex
-from ._cpu_block import check, native_index, workspace
+from ._cpu_launch import check, launch, native_index, workspace
 
 BUFFERS = ("by_row", "by_col")
 
@@ -21,6 +21,7 @@ class RunsDeriver:
     """
 
     name = "cpu"
+    device_type = "cpu"
 
     def capacity(self, topology: Topology) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         index = topology.weight_index()
@@ -33,84 +34,40 @@ class RunsDeriver:
 
 def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None = None) -> Tensor:
     """`Y [P, out] = X [P, in] · Wᵀ + bias`."""
-    lib, w, threads = native(), native_index(index), torch.get_num_threads()
-    positions, runs = x.shape[0], _runs(index, "by_row")
+    w, positions, runs = native_index(index), x.shape[0], _runs(index, "by_row")
     y = x.new_empty(positions, index.out)
-    space = workspace(lib.unstructured_spmm_workspace_bytes(w, positions, threads))
-    check(
-        lib.unstructured_spmm(
-            w,
-            runs.data_ptr(),
-            values.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            y.stride(0),
-            positions,
-            threads,
-            space.data_ptr(),
-        ),
-        "unstructured_spmm",
-    )
+    launch("unstructured_spmm", (w, positions), w, runs, values, x, x.stride(0), bias, y, y.stride(0), positions)
     return y
 
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex) -> Tensor:
     """`dX [P, in] = dY [P, out] · W`."""
-    lib, w, threads = native(), native_index(index), torch.get_num_threads()
-    positions, runs = dy.shape[0], _runs(index, "by_col")
+    w, positions, runs = native_index(index), dy.shape[0], _runs(index, "by_col")
     dx = dy.new_empty(positions, index.in_)
-    space = workspace(lib.unstructured_spmm_t_workspace_bytes(w, positions, threads))
-    check(
-        lib.unstructured_spmm_t(
-            w,
-            runs.data_ptr(),
-            values.data_ptr(),
-            dy.data_ptr(),
-            dy.stride(0),
-            dx.data_ptr(),
-            dx.stride(0),
-            positions,
-            threads,
-            space.data_ptr(),
-        ),
-        "unstructured_spmm_t",
-    )
+    launch("unstructured_spmm_t", (w, positions), w, runs, values, dy, dy.stride(0), dx, dx.stride(0), positions)
     return dx
 
 
 def sddmm(dy: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
     """`dW [nnz, 1, 1] = dYᵀ · X` at the active positions."""
-    lib, w, threads = native(), native_index(index), torch.get_num_threads()
-    positions, runs = x.shape[0], _runs(index, "by_row")
+    w, positions, runs = native_index(index), x.shape[0], _runs(index, "by_row")
     dvalues = x.new_empty(index.nnzb, 1, 1)
-    space = workspace(lib.unstructured_sddmm_workspace_bytes(w, positions, threads))
-    check(
-        lib.unstructured_sddmm(
-            w,
-            runs.data_ptr(),
-            dy.data_ptr(),
-            dy.stride(0),
-            x.data_ptr(),
-            x.stride(0),
-            dvalues.data_ptr(),
-            positions,
-            threads,
-            space.data_ptr(),
-        ),
-        "unstructured_sddmm",
-    )
+    launch("unstructured_sddmm", (w, positions), w, runs, dy, dy.stride(0), x, x.stride(0), dvalues, positions)
     return dvalues
 
 
 def _runs(index: WeightIndex, name: str) -> Tensor:
-    """One orientation of the derived index; derived for this call where the topology has none."""
-    if index.derived:
-        return index.derived[BUFFERS.index(name)]
-    runs = index.crow.new_empty(_runs_ints(index, name))
-    _derive(index, name, runs)
-    return runs
+    """One orientation of the derived index.
+
+    Raises:
+        ValueError: where the topology has none: a forward never derives.
+    """
+    if not index.derived:
+        raise ValueError(
+            "linear: backend 'cpu' reads a derived index that this unstructured topology does not have; call "
+            "topology.attach(backends.get('cpu').deriver('linear', pattern)) once, as layers do."
+        )
+    return index.derived[BUFFERS.index(name)]
 
 
 def _runs_ints(index: WeightIndex, name: str) -> int:

@@ -101,10 +101,6 @@ class SparseLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         device, dtype = self._probe().device, self._probe().dtype
         self._taps.clear()
-        # Derived buffers belong to a backend of the old device, which must not be asked to refill them on the new one.
-        for _, _, topology in self.sparse_items():
-            if _device_after(fn, topology.crow) != topology.crow.device:
-                topology.release()
         super()._apply(fn, recurse)
         now = self._probe()
         if (now.device, now.dtype) != (device, dtype):
@@ -156,10 +152,6 @@ class SparseLayer(nn.Module):
 
 def _after_load(layer: SparseLayer, _: Any) -> None:
     layer._resolve()  # a state dict may have been assigned, which brings its own dtype and device
-
-
-def _device_after(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> torch.device:
-    return fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
 
 
 @dataclass(frozen=True)

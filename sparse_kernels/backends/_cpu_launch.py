@@ -1,0 +1,56 @@
+"""Calls of the native launchers of csrc/api.h: addresses, torch's number of threads, a workspace, a checked status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import native
+from ..topology import WeightIndex
+
+
+def native_index(index: WeightIndex) -> Any:
+    """The `BlockIndex` of csrc/api.h: addresses of the index arrays, valid while `index` lives."""
+    arrays = (index.crow, index.col, index.slot, index.ccol, index.row_t, index.slot_t)
+    return native().BlockIndex(
+        index.out, index.in_, index.bh, index.bw, index.nnzb, *(array.data_ptr() for array in arrays)
+    )
+
+
+def launch(launcher: str, sizes: Sequence[Any], *arguments: Any) -> None:
+    """Calls `launcher(*arguments, threads, workspace)` with `launcher_workspace_bytes(*sizes, threads)` of scratch.
+
+    Args:
+        sizes: what the workspace depends on. arguments: tensors go as addresses, None as a null pointer, everything
+            else (an index, a size, a stride) as it is.
+
+    Raises:
+        RuntimeError: where the launcher refuses arguments that the op above should have refused.
+    """
+    lib, threads = native(), torch.get_num_threads()
+    space = workspace(getattr(lib, f"{launcher}_workspace_bytes")(*sizes, threads))
+    check(getattr(lib, launcher)(*map(_native_argument, arguments), threads, space.data_ptr()), launcher)
+
+
+def workspace(size_bytes: int) -> Tensor:
+    """Scratch memory for one launch; torch's CPU allocator aligns it to 64 bytes."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
+
+
+def check(status: int, launcher: str) -> None:
+    """Raises where a launcher refuses arguments that the op above should have refused.
+
+    Raises:
+        RuntimeError: for any status but 0.
+    """
+    if status != 0:
+        raise RuntimeError(f"{launcher}: the native launcher returned status {status} (see Status in csrc/api.h).")
+
+
+def _native_argument(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return 0 if argument is None else argument
