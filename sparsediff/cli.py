@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import tyro
 
 from sparsediff import __version__
+from sparsediff.allocator import keep_freed_memory
 from sparsediff.presets import PRESETS, TrainConfig
 from sparsediff.registry import entry_names
 
@@ -65,6 +66,7 @@ def train(args: Sequence[str]) -> int:
     if config.dry_run:
         print(describe(config))
         return 0
+    keep_freed_memory()
     return start(config)
 
 
@@ -79,6 +81,7 @@ def sample(args: Sequence[str]) -> int:
 
 def demo(args: Sequence[str]) -> int:
     """Runs the demo, which has options of its own."""
+    keep_freed_memory()
     return int(importlib.import_module("sparsediff.demo").main(list(args)) or 0)
 
 
