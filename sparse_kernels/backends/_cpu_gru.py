@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import WeightIndex
-from ._cpu_launch import native_index
+from ._cpu_launch import check, native_index
 from .registry import GruGrads, GruWeight
 
 # Buffers from this size on ask for large pages: the C library returns buffers of this kind to the system when they are
 # freed, so without it every step would fault all of them in anew, 4 KiB at a time (measured: half a step at S=.9).
 LARGE_BYTES = 2 << 20
 
-BYTES = torch.empty(0, dtype=torch.uint8)
+BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 # `(dy [P, out], x [P, in], index) -> [row_blocks, col_blocks]`: a backend's `block_scores`.
 BlockScores = Callable[[Tensor, Tensor, WeightIndex], Tensor]
@@ -54,7 +54,7 @@ def gru_forward(
         gates for the backward (empty unless `save`).
 
     Raises:
-        ValueError: for a length outside `0..T`.
+        RuntimeError: for a length outside `0..T`, which the op has refused.
     """
     x, h0, lengths = _rows(x), h0.contiguous(), _lengths(lengths)
     directions, batch, hidden = h0.shape
@@ -66,8 +66,7 @@ def gru_forward(
     layer = held.layer(x, h0, lengths, reserve if save else None)
     threads = torch.get_num_threads()
     workspace = _empty(BYTES, native().gru_forward_workspace_bytes(layer, threads))
-    status = native().gru_forward(layer, y.data_ptr(), h_n.data_ptr(), workspace.data_ptr(), threads)
-    _check(status, lengths, steps)
+    check(native().gru_forward(layer, y.data_ptr(), h_n.data_ptr(), workspace.data_ptr(), threads), "gru_forward")
     return y, h_n, reserve
 
 
@@ -122,7 +121,7 @@ def gru_backward(
         workspace.data_ptr(),
         threads,
     )
-    _check(status, lengths, steps)
+    check(status, "gru_backward")
     scores: list[Tensor | None] = [None] * len(weights)
     if dgates:
         inside = _inside(lengths, batch, steps)
@@ -195,21 +194,11 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return tensor
 
 
-def _check(status: int, lengths: Tensor | None, steps: int) -> None:
-    if status == 0:
-        return
-    if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
-        raise ValueError(
-            f"gru: lengths must lie in 0..{steps}, the steps of x; got {int(lengths.min())}..{int(lengths.max())}."
-        )
-    raise RuntimeError(f"gru: the native kernel refused its arguments with status {status}.")
-
-
 def _inside(lengths: Tensor | None, batch: int, steps: int) -> Tensor:
     """Which positions lie within their sequence: bool `[B, T, 1]`."""
     if lengths is None:
-        return torch.ones(batch, steps, 1, dtype=torch.bool)
-    return (torch.arange(steps)[None, :] < lengths[:, None])[..., None]
+        return torch.ones(batch, steps, 1, dtype=torch.bool, device="cpu")
+    return (torch.arange(steps, device="cpu")[None, :] < lengths[:, None])[..., None]
 
 
 def _previous(y: Tensor, h0: Tensor, lengths: Tensor | None, direction: int) -> Tensor:
@@ -221,5 +210,5 @@ def _previous(y: Tensor, h0: Tensor, lengths: Tensor | None, direction: int) -> 
     before = torch.cat([states[:, 1:], first], dim=1)[:, :steps]
     if lengths is None:
         return before
-    last = torch.arange(steps)[None, :] == lengths[:, None] - 1
+    last = torch.arange(steps, device="cpu")[None, :] == lengths[:, None] - 1
     return torch.where(last[..., None], first, before)
