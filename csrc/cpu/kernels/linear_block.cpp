@@ -205,6 +205,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
     SddmmOperands s;
     s.ha = p.swapped ? w.bw : w.bh, s.hb = p.swapped ? w.bh : w.bw;
     s.ptr = p.swapped ? w.ccol : w.crow, s.idx = p.swapped ? w.row_t : w.col, s.slot = p.swapped ? w.slot_t : w.slot;
+    s.strip_b = nullptr;
     const int64_t row_blocks = ceil_div(a_cols, s.ha), b_strips = ceil_div(b_cols, s.hb);
     char* partials = static_cast<char*>(workspace);
     char* scratch = partials + (p.position_parts - 1) * p.partial_bytes;
@@ -230,15 +231,21 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
                 mine_s.first = c;
                 for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
                     const int64_t rows = smaller(p.tile_rows, end - p0), first = c * s.hb;
+                    const int64_t strip_a = strip_size(rows, s.ha), line = 0;
+                    const SddmmPositions at = {1, rows, 1, &line, &line, s.ha, s.hb};
+                    mine_s.strip = strip_size(rows, s.hb);
                     pack_strips(b + p0 * ldb + first, ldb, rows, smaller(p.chunk * s.hb, b_cols - first), s.hb,
-                                b_packed);
+                                b_packed, mine_s.strip);
                     for (int64_t r = r0; r < r1; r += p.strips) {
                         const int64_t stop = smaller(r + p.strips, r1), from = r * s.ha;
-                        pack_strips(a + p0 * lda + from, lda, rows, smaller(stop * s.ha, a_cols) - from, s.ha,
-                                    a_packed);
-                        for (int64_t i = r; i < stop; ++i)
-                            sddmm_row(mine_s, a_packed + (i - r) * strip_size(rows, s.ha), b_packed, i, c + p.chunk,
-                                      rows, p0 > begin, spare);
+                        pack_strips(a + p0 * lda + from, lda, rows, smaller(stop * s.ha, a_cols) - from, s.ha, a_packed,
+                                    strip_a);
+                        for (int64_t i = r; i < stop; ++i) {
+                            int64_t e0 = s.ptr[i], e1 = s.ptr[i + 1];
+                            while (e0 < e1 && s.idx[e0] < c) ++e0;
+                            while (e0 < e1 && s.idx[e1 - 1] >= c + p.chunk) --e1;
+                            sddmm_blocks(mine_s, a_packed + (i - r) * strip_a, b_packed, e0, e1, at, p0 > begin, spare);
+                        }
                     }
                 }
             }
