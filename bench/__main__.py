@@ -1,53 +1,132 @@
-"""`python -m bench [case …] [--threads 1 2] [--quick] [--out FILE]`: measures, prints the table, writes JSON lines."""
+"""`python -m bench list | run | compare`: what there is, measure it, set two measurements side by side.
+
+    python -m bench list                                    cases, problems, variants, peers
+    python -m bench run [case | case/problem …] [options]   check, time, print, append rows
+    python -m bench compare A B                             A, B: FILE, COMMIT or FILE@COMMIT
+
+Without one of these words, what follows `python -m bench` are the arguments of `run`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import pkgutil
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from bench import cases
-from bench.harness import RESULTS, Row, machine, peak_gflops, table, write
+from bench import peers, registry
+from bench.compare import comparison
+from bench.harness import measure_problem
+from bench.roofline import peak_gflops
+from bench.rows import default_file, machine, table, write
+from sparse_kernels import _native
 
 
-def names() -> list[str]:
-    """Every case: the modules of `bench/cases/`."""
-    return [module.name for module in pkgutil.iter_modules(cases.__path__)]
+def list_(arguments: Sequence[str]) -> int:
+    """Prints every case with its problems and variants, and the peers."""
+    parser = argparse.ArgumentParser(prog="python -m bench list", description=list_.__doc__)
+    parser.parse_args(arguments)
+    for case in registry.all_cases().values():
+        print(f"{case.name}: {case.about}")
+        for problem in case.problems:
+            variants: dict[str, list[str]] = {}
+            for variant in problem.variants:
+                variants.setdefault(variant.pattern, []).append(f"{variant.sparsity:g}")
+            text = "; ".join(f"{pattern} S={','.join(values)}" for pattern, values in variants.items())
+            print(f"  {case.name}/{problem.name}{' (quick)' if problem.quick else ''}: {text}")
+    print("peers:")
+    for name, reason in peers.roll_call().items():
+        print(f"  {name}: {reason or 'present'}")
+    return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"any of {', '.join(names())} (default: all)")
+def run(arguments: Sequence[str]) -> int:
+    """Checks and times cases, prints their rows and appends them to a file; 1 where a result was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench run", description=run.__doc__)
+    parser.add_argument("cases", nargs="*", help="case names or case/problem globs (default: all), see list")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure at")
-    parser.add_argument("--quick", action="store_true", help="one shape and few rounds of each case")
-    parser.add_argument("--out", type=Path, help="JSON lines to append to; default: none for --quick, else a new file "
-                        "in bench/results/ named after the CPU")  # fmt: skip
+    parser.add_argument("--isa", help="instruction set of our kernels, as SPARSE_KERNELS_ISA")
+    parser.add_argument("--pattern", nargs="+", default=[], help="only these patterns")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[], help="only these sparsities")
+    parser.add_argument("--quick", action="store_true", help="one shape of each case and few rounds")
+    parser.add_argument("--seconds", type=float, help="of timed rounds for each problem and thread count")
+    parser.add_argument("--out", type=Path, help="JSON lines to append to; default: none for --quick, else the file of "
+                        "this machine in bench/results/")  # fmt: skip
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.cases) - set(names()))
-    if unknown:
-        parser.error(f"unknown case {', '.join(unknown)}; expected any of {', '.join(names())}")
-    about = machine()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    out = options.out
-    if out is None and not options.quick:
-        stem = "-".join([*str(about["cpu"]).lower().split(), f"{about['cores']}c", str(about["isa"])])
-        out = RESULTS / f"cpu-{stem}.jsonl"
-    missed = 0
+    if options.isa:
+        _native.native().set_isa(options.isa)
+    try:
+        chosen = registry.select(
+            options.cases, patterns=options.pattern, sparsities=options.sparsity, quick=options.quick
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    out = options.out or (None if options.quick else default_file())
+    seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else None)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    for name, reason in peers.roll_call().items():
+        if reason:
+            print(f"peer {name} is absent: {reason}")
+    begun = time.perf_counter()
+    counts = {"rows": 0, "met": 0, "MISSED": 0, "forbidden": 0}
+    failures: list[str] = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         print(f"\n{threads} thread(s): measured fp32 peak {peak_gflops(threads):.0f} GFLOP/s")
-        for name in options.cases or names():
-            rows: list[Row] = list(importlib.import_module(f"bench.cases.{name}").run(options.quick))
-            print(f"\n{table(rows)}", flush=True)
-            if out is not None:
-                write(rows, out)
-            missed += sum(row.met is False for row in rows)
-    print(f"\n{missed} goal(s) missed" + (f"; rows appended to {out}" if out else ""))
-    return 0
+        for case, problem in chosen:
+            outcome = measure_problem(case, problem, seconds=seconds)
+            if outcome.rows:
+                print(f"\n{table(outcome.rows)}", flush=True)
+                counts["rows"] += len(outcome.rows)
+                for row in outcome.rows:
+                    counts[row.verdict or "rows"] += bool(row.verdict)
+                if out is not None:
+                    write(outcome.rows, out)
+            for name, reason in outcome.named.items():
+                print(f"  {name} does not take part: {reason}")
+            for name, reason in outcome.failures.items():
+                failures.append(f"{case.name}/{problem.name} {name}, {threads} thread(s): {reason}")
+                print(f"  FAILED {failures[-1]}", flush=True)
+    print(
+        f"\n{counts['rows']} rows in {time.perf_counter() - begun:.0f} s; goals: {counts['met']} met, "
+        f"{counts['MISSED']} missed, {counts['forbidden']} forbidden by the roofline"
+        + (f"; appended to {out}" if out else "")
+    )
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return int(bool(failures))
+
+
+def compare(arguments: Sequence[str]) -> int:
+    """Sets two measurements side by side; 1 where the later one regressed beyond noise."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=compare.__doc__)
+    parser.add_argument("before", metavar="A", help="FILE, COMMIT (its rows in bench/results) or FILE@COMMIT")
+    parser.add_argument("after", metavar="B", help="the same")
+    parser.add_argument("--all", action="store_true", help="also the rows that did not change")
+    options = parser.parse_args(arguments)
+    try:
+        text, regressions = comparison(options.before, options.after, unchanged=options.all)
+    except ValueError as error:
+        parser.error(str(error))
+    print(text)
+    return int(regressions > 0)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "run": run, "compare": compare}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; see this module's docstring."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if given and given[0] in COMMANDS:
+        return COMMANDS[given[0]](given[1:])
+    return run(given)
 
 
 if __name__ == "__main__":

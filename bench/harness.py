@@ -1,206 +1,291 @@
-"""How everything here is measured: interleaved rounds, medians, and rows that carry their machine.
+"""How everything here is measured: correctness first, then interleaved rounds, medians, and rows.
 
-A case builds callables that do the same work (its `check` shows that they agree), `interleave` times them in turn in
-one process, and a `Row` sets ours beside a rival. Ratios are taken within a round, where both sides saw the same
-machine, and their median is the speedup.
+`rows_of` builds a problem, lets every variant's check pass or drops the variant, times dense, ours and peers in turn in
+one process, and sets ours beside each rival. Ratios are taken within a round, where both sides saw the same machine,
+and their median is the speedup.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import gc
+import math
 import os
-import platform
 import statistics
-import subprocess
-from datetime import datetime, timezone
-from pathlib import Path
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sparse_kernels import _native
-from sparsediff.doctor import cpu_name
-from sparsediff.timing import interleave, ratios
+from bench.registry import Case, Ours, Prepared, Problem, Samples, Variant, Wrong
+from bench.roofline import limits
+from bench.rows import RESULTS, Row, machine
 
-__all__ = [
-    "RESULTS",
-    "Row",
-    "check_close",
-    "compare",
-    "interleave",
-    "machine",
-    "peak_gflops",
-    "ratios",
-    "table",
-    "write",
-]
+__all__ = ["RESULTS", "Outcome", "allocated_mib", "check_close", "interleave", "machine", "measure_problem"]
 
-RESULTS = Path(__file__).parent / "results"
+PEER = "peer "  # how a peer's rival name begins
 
 
 @dataclasses.dataclass
-class Row:
-    """One measured line: ours beside one rival.
+class Outcome:
+    """What came of a problem: rows, and by variant what went wrong instead; `named` as `Prepared.named`."""
 
-    `speedup` is the median of the rounds' ratios (`p20`, `p80` beside it); `efficiency` is density times speedup;
-    `gflops` counts the nonzeros' FLOPs only; `roofline` is the speedup at which ours would run at the machine's
-    measured peak, and `goal` what the project asks for.
-    """
-
-    case: str
-    shape: str
-    pattern: str
-    sparsity: float
-    density: float
-    threads: int
-    rival: str
-    ours_ms: float
-    rival_ms: float
-    speedup: float
-    speedup_p20: float
-    speedup_p80: float
-    efficiency: float
-    gflops: float | None = None
-    peak_gflops: float | None = None
-    roofline: float | None = None
-    goal: float | None = None
-    met: bool | None = None
-    note: str = ""
-    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: list[Row]
+    failures: dict[str, str]
+    named: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def compare(
-    case: str,
-    shape: str,
-    pattern: str,
-    sparsity: float,
-    density: float,
-    rival: str,
-    ours_ms: list[float],
-    rival_ms: list[float],
-    *,
-    nonzero_flops: float | None = None,
-    goal: float | None = None,
-    note: str = "",
-    **extra: Any,
-) -> Row:
-    """The row of ours against one rival from the samples of `interleave`.
+def measure_problem(
+    case: Case, problem: Problem, *, seconds: float | None = None, fewest: int = 3, most: int = 15
+) -> Outcome:
+    """Builds, checks and times one problem at torch's present thread count.
 
     Args:
-        nonzero_flops: floating-point operations that ours cannot do without; gives GFLOP/s and the roofline.
+        seconds: of timed rounds, default the problem's own share. fewest, most: rounds, whatever they take.
+
+    Returns:
+        Rows of the variants whose results are right. A variant that is wrong, or that could not be built or run, has no
+        row: its reason stands in `failures`.
     """
-    speedups = ratios(rival_ms, ours_ms)
+    prepared = problem.prepare(problem.variants)
+    ours: dict[str, Ours] = {}
+    failures: dict[str, str] = {}
+    for variant in problem.variants:
+        built = prepared.ours[variant]
+        try:
+            if isinstance(built, Exception):
+                raise built
+            if built.check is not None:
+                built.check()
+        # Whatever is wrong with one variant, the others are measured and the run says so at its end.
+        except Exception as error:
+            kind = "wrong result" if isinstance(error, Wrong) else type(error).__name__
+            failures[variant.name] = f"{kind}: {error}"
+        else:
+            ours[variant.name] = built
+    rows: list[Row] = []
+    if ours:
+        budget = problem.seconds if seconds is None else seconds
+        samples = _samples(prepared, ours, budget, fewest, most)
+        memory = _memory(prepared, ours) if problem.timed else {}
+        for one in ours.values():
+            rows += _rows(case, problem, prepared, one, samples, memory)
+    return Outcome(rows, failures, prepared.named)
+
+
+def _samples(prepared: Prepared, ours: Mapping[str, Ours], seconds: float, fewest: int, most: int) -> Samples:
+    if prepared.measure is not None:
+        return prepared.measure(seconds)
+    functions = dict(prepared.dense)
+    peers = {f"{name} {PEER}{peer}": run for name, one in ours.items() for peer, run in one.peers.items()}
+    functions.update({name: one.run for name, one in ours.items() if one.run is not None})
+    return interleave({**functions, **peers}, seconds=seconds, fewest=fewest, most=most, seldom=peers)
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float,
+    fewest: int = 3,
+    most: int = 15,
+    seldom: Collection[str] = (),
+    shortest_ms: float = 4.0,
+) -> Samples:
+    """Times every function once a round, in rotating order.
+
+    Args:
+        functions: by name; a quick one is repeated within a round until it takes `shortest_ms`.
+        seconds: what the rounds may take together; between `fewest` and `most` rounds fit in.
+        seldom: names of those that take part in so few rounds (at least `fewest`) that they need about as long as all
+            the others.
+
+    Returns:
+        Milliseconds of one call, by name and round.
+    """
+    once_ms: dict[str, float] = {}
+    for name, function in functions.items():
+        function()
+        once_ms[name] = _call_ms(function, 1)
+    repeats = {name: max(1, int(shortest_ms / max(ms, 1e-6))) for name, ms in once_ms.items()}
+    cost = {name: repeats[name] * once_ms[name] for name in functions}
+    often_ms = sum(ms for name, ms in cost.items() if name not in seldom)
+    seldom_ms = sum(ms for name, ms in cost.items() if name in seldom)
+    every = max(1, math.ceil(seldom_ms / often_ms)) if often_ms else 1
+    rounds = int(seconds * 1e3 / max(often_ms + seldom_ms / every, 1e-3))
+    rounds = min(max(rounds, fewest), most)
+    every = max(1, min(every, rounds // fewest))
+    samples: Samples = {name: {} for name in functions}
+    names = list(functions)
+    with _no_collection():
+        for turn in range(rounds):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                if name not in seldom or turn % every == 0:
+                    samples[name][turn] = _call_ms(functions[name], repeats[name])
+    return samples
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _call_ms(function: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) * 1e3 / count
+
+
+def _rows(
+    case: Case, problem: Problem, prepared: Prepared, ours: Ours, samples: Samples, memory: Mapping[str, float]
+) -> Iterator[Row]:
+    """Ours beside every rival and every peer."""
+    variant = ours.variant
+    for rival in prepared.rivals:
+        # A problem that measures itself may have a rival of each variant's own.
+        among = [own if (own := f"{variant.name} {name}") in samples else name for name in rival.among]
+        name = min(among, key=lambda name: statistics.median(samples[name].values()))
+        goal = _goal(case, variant, rival.key)
+        note = "; ".join(text for text in (rival.note, ours.note) if text)
+        yield _row(case, problem, prepared, ours, rival.label.format(name), name, samples, memory, goal, note)
+    for peer in ours.peers:
+        name = f"{variant.name} {PEER}{peer}"
+        best = min(min(samples[way].values()) for rival in prepared.rivals for way in rival.among)
+        note = f"the peer is {best / statistics.median(samples[name].values()):.2f}x as fast as dense"
+        yield _row(case, problem, prepared, ours, f"{PEER}{peer}", name, samples, memory, None, note)
+
+
+def _goal(case: Case, variant: Variant, key: str) -> float | None:
+    goal = variant.goals.get(key)
+    if goal is None or machine()["isa"] == "avx512":
+        return goal
+    return None if case.without_avx512 is None else goal * case.without_avx512
+
+
+def _row(
+    case: Case,
+    problem: Problem,
+    prepared: Prepared,
+    ours: Ours,
+    label: str,
+    rival: str,
+    samples: Samples,
+    memory: Mapping[str, float],
+    goal: float | None,
+    note: str,
+) -> Row:
+    variant = ours.variant
+    mine, theirs = samples[variant.name], samples[rival]
+    together = sorted(set(mine) & set(theirs))
+    speedups = [theirs[turn] / mine[turn] for turn in together]
     speedup = statistics.median(speedups)
-    ours, theirs = statistics.median(ours_ms), statistics.median(rival_ms)
-    peak = peak_gflops(torch.get_num_threads()) if nonzero_flops else None
-    roofline = theirs * 1e6 * peak / nonzero_flops if nonzero_flops and peak else None
+    ours_ms, rival_ms = (statistics.median(side[turn] for turn in together) for side in (mine, theirs))
+    limit = limits(ours.flops, ours.moved, footprint=ours.footprint, dtype=problem.dtype)
+    ceilings = [rival_ms / least if least else None for least in (limit.compute_ms, limit.memory_ms)]
+    met = None if goal is None else speedup >= goal
     return Row(
-        case,
-        shape,
-        pattern,
-        sparsity,
-        round(density, 4),
-        torch.get_num_threads(),
-        rival,
-        round(ours, 4),
-        round(theirs, 4),
-        round(speedup, 3),
-        round(float(np.quantile(speedups, 0.2)), 3),
-        round(float(np.quantile(speedups, 0.8)), 3),
-        round(density * speedup, 3),
-        round(nonzero_flops / (ours * 1e6), 1) if nonzero_flops else None,
-        peak,
-        round(roofline, 2) if roofline else None,
-        goal,
-        None if goal is None else speedup >= goal,
-        note,
-        extra,
+        case=case.row_name or case.name,
+        shape=problem.name,
+        pattern=variant.pattern,
+        sparsity=variant.sparsity,
+        density=round(ours.density, 4),
+        threads=torch.get_num_threads(),
+        rival=label,
+        ours_ms=round(ours_ms, 4),
+        rival_ms=round(rival_ms, 4),
+        speedup=round(speedup, 3),
+        speedup_p20=_percentile(speedups, 0.2),
+        speedup_p80=_percentile(speedups, 0.8),
+        efficiency=round(ours.density * speedup, 3),
+        gflops=_rounded(ours.flops and ours.flops / (ours_ms * 1e6), 1),
+        peak_gflops=limit.peak_gflops,
+        roofline=_rounded(min((c for c in ceilings if c is not None), default=None), 2),
+        goal=goal,
+        met=met,
+        note=note,
+        extra=ours.extra,
+        unit=prepared.unit,
+        dtype=problem.dtype,
+        passes=problem.passes,
+        rounds=len(together),
+        ours_p20=_percentile([mine[turn] for turn in together], 0.2),
+        ours_p80=_percentile([mine[turn] for turn in together], 0.8),
+        rival_p20=_percentile([theirs[turn] for turn in together], 0.2),
+        rival_p80=_percentile([theirs[turn] for turn in together], 0.8),
+        flops=ours.flops,
+        bytes_moved=ours.moved,
+        gbs=_rounded(ours.moved and ours.moved / (ours_ms * 1e6), 1),
+        bandwidth_gbs=limit.bandwidth_gbs,
+        roofline_compute=_rounded(ceilings[0], 2),
+        roofline_memory=_rounded(ceilings[1], 2),
+        forbidden=limit.forbids(goal, rival_ms) if goal is not None and not met else "",
+        ours_mib=_rounded(memory.get(variant.name), 2),
+        rival_mib=_rounded(memory.get(rival), 2),
+        machine=machine(),
     )
 
 
-_PEAKS: dict[int, float] = {}
+def _percentile(values: list[float], share: float) -> float:
+    return round(float(np.quantile(values, share)), 3)
 
 
-def peak_gflops(threads: int) -> float:
-    """The machine's fp32 FMA rate at this moment: the best of five short runs, measured once a process and thread
-    count."""
-    if threads not in _PEAKS:
-        module = _native.native()
-        _PEAKS[threads] = round(max(module.peak_fma_gflops(0.2, threads) for _ in range(5)), 1)
-    return _PEAKS[threads]
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
-def machine() -> dict[str, Any]:
-    """What a row must say of where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "isa": _native.native().isa_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+def _memory(prepared: Prepared, ours: Mapping[str, Ours]) -> dict[str, float]:
+    """MiB that one call of each function allocates at its peak."""
+    functions = {**prepared.dense, **{name: one.run for name, one in ours.items() if one.run is not None}}
+    return {name: allocated_mib(function) for name, function in functions.items()}
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """Appends the rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    about = machine()
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps({**dataclasses.asdict(row), "machine": about}) + "\n")
+def allocated_mib(function: Callable[[], Any]) -> float:
+    """The largest rise in MiB of what torch has allocated during a call, its results included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        function()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = least = rise = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        least = min(least, held)  # a call begins by freeing the gradients of the one before
+        rise = max(rise, held - least)
+    return rise / 2**20
 
 
-_COLUMNS = ("case", "shape", "pattern", "S", "thr", "rival", "ours ms", "rival ms", "speedup", "p20-p80", "eff", "GF/s",
-            "peak", "roof", "goal", "")  # fmt: skip
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler tells of its own start and stop on the process's stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
-    lines = [_COLUMNS]
-    for r in rows:
-        verdict = "" if r.met is None else ("met" if r.met else "MISSED")
-        lines.append(
-            (
-                r.case,
-                r.shape,
-                r.pattern,
-                f"{r.sparsity:g}",
-                str(r.threads),
-                r.rival,
-                f"{r.ours_ms:.2f}",
-                f"{r.rival_ms:.2f}",
-                f"{r.speedup:.2f}x",
-                f"{r.speedup_p20:.2f}-{r.speedup_p80:.2f}",
-                f"{r.efficiency:.2f}",
-                _or_dash(r.gflops, ".0f"),
-                _or_dash(r.peak_gflops, ".0f"),
-                _or_dash(r.roofline, ".1f"),
-                _or_dash(r.goal, "g"),
-                verdict,
-            )
-        )
-    widths = [max(len(line[k]) for line in lines) for k in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def _or_dash(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
-def check_close(actual: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 1e-3) -> None:
-    """Raises where ours is wrong: no speedup is reported for a wrong result."""
+def check_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-3) -> None:
+    """Raises `Wrong` where a result strays from the dense one by more than `tolerance` of its largest element."""
+    if actual.shape != expected.shape:
+        raise Wrong(f"{what} has shape {list(actual.shape)}, the dense result {list(expected.shape)}")
     scale = expected.abs().max().item() or 1.0
-    error = (actual - expected).abs().max().item() / scale
+    error = (actual.double() - expected.double()).abs().max().item() / scale
     if not error <= tolerance:
-        raise RuntimeError(f"{what} is wrong: relative error {error:.2g} against the dense result; nothing is timed.")
+        raise Wrong(f"{what} is off by {error:.2g} of the dense result's largest element; nothing is timed")

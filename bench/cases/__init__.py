@@ -1,1 +1,1 @@
-"""One file a case: `run(quick) -> rows`. A file here is a case; the command finds it by its name."""
+"""One file a case; each ends in `register(...)` and is known from then on."""

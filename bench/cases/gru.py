@@ -7,18 +7,19 @@ whose reverse direction is flipped within each length.
 from __future__ import annotations
 
 import copy
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Row, check_close, compare, interleave
+from bench.harness import check_close
+from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseGRU
 from sparsediff.models.chirodiff import GRUForm, run_gru
 
 BATCH, STEPS, FEATURES, LAYERS = 128, 64, 13, 3
-GOALS = {
+GOALS: dict[str, dict[float, float | None]] = {
     "block:16x16": {0.0: 2.4, 0.5: 3.8, 0.75: 6.0, 0.9: 9.0, 0.95: 12.0},
     "unstructured": {0.5: None, 0.75: None, 0.9: 6.0},
 }
@@ -49,48 +50,39 @@ def step(gru: nn.Module, x: Tensor, lengths: Tensor, dy: Tensor, form: GRUForm =
     return run
 
 
-def macs(weights: dict[str, int], positions: int) -> float:
-    """Multiply-adds of one forward over `positions` real points, from the nonzeros of each weight."""
-    return float(positions * sum(weights.values()))
-
-
 def nonzeros(gru: SparseGRU) -> dict[str, int]:
-    return {name: gru.topologies[name].nnz if name in gru.topologies else w.numel() for name, w in gru.weights.items()}
+    """Real elements of every weight, the dense ones included."""
+    counts = {name: weight.numel() for name, weight in gru.weights.items()}
+    return {**counts, **{name: topology.nnz for name, _, topology in gru.sparse_items()}}
 
 
-def run(quick: bool) -> Iterator[Row]:
-    """H = 96 and 128; every sparsity of the goals, beside S = 0."""
-    for hidden in (96,) if quick else (96, 128):
-        torch.manual_seed(0)
-        dense = nn.GRU(FEATURES, hidden, LAYERS, batch_first=True, bidirectional=True)
-        x, lengths, dy = inputs(hidden)
-        functions: dict[str, Callable[[], object]] = {
-            "packed": step(dense, x, lengths, dy, "packed"),
-            "padded": step(copy.deepcopy(dense), x, lengths, dy, "padded"),
-        }
-        layers = {}
-        for pattern, goals in GOALS.items():
-            for sparsity, goal in goals.items():
-                generator = torch.Generator().manual_seed(1)
-                layer = SparseGRU.from_dense(dense, pattern=pattern, sparsity=sparsity, generator=generator)
-                run_sparse = step(layer, x, lengths, dy)
-                _check(layer, x, lengths, dy, run_sparse)
-                functions[f"{pattern} {sparsity}"] = run_sparse
-                layers[f"{pattern} {sparsity}"] = (layer, pattern, sparsity, goal)
-        samples = interleave(functions, rounds=3 if quick else 9, warmup=1)
-        faster = min(("packed", "padded"), key=lambda form: statistics.median(samples[form]))
-        total = sum(parameter.numel() for name, parameter in dense.named_parameters() if "weight" in name)
-        for name, (layer, pattern, sparsity, goal) in layers.items():
-            kept = nonzeros(layer)
-            # The first layer forms no input gradient.
-            first = sum(count for key, count in kept.items() if key.startswith("weight_ih_l0"))
-            flops = 2.0 * (3 * macs(kept, int(lengths.sum())) - int(lengths.sum()) * first)
-            density = sum(kept.values()) / total
-            for rival, form, wanted in (("D1 packed", "packed", goal), (f"D2 {faster}", faster, None)):
-                yield compare(
-                    "gru", f"H={hidden} L=3 bi B={BATCH} T={STEPS}", pattern, sparsity, density, rival, samples[name],
-                    samples[form], nonzero_flops=flops, goal=wanted,
-                )  # fmt: skip
+def prepare(hidden: int, variants: tuple[Variant, ...]) -> Prepared:
+    torch.manual_seed(0)
+    dense = nn.GRU(FEATURES, hidden, LAYERS, batch_first=True, bidirectional=True)
+    x, lengths, dy = inputs(hidden)
+    functions: dict[str, Callable[[], object]] = {
+        "packed": step(dense, x, lengths, dy, "packed"),
+        "padded": step(copy.deepcopy(dense), x, lengths, dy, "padded"),
+    }
+    rivals = (Rival("D1", "D1 packed", ("packed",)), Rival("D2", "D2 {}", ("packed", "padded")))
+    return Prepared(functions, rivals, {variant: _ours(variant, dense, x, lengths, dy) for variant in variants})
+
+
+def _ours(variant: Variant, dense: nn.GRU, x: Tensor, lengths: Tensor, dy: Tensor) -> Ours:
+    generator = torch.Generator().manual_seed(1)
+    layer = SparseGRU.from_dense(dense, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator)
+    kept, positions = nonzeros(layer), int(lengths.sum())
+    # The first layer forms no input gradient.
+    first = sum(count for key, count in kept.items() if key.startswith("weight_ih_l0"))
+    total = sum(parameter.numel() for name, parameter in dense.named_parameters() if "weight" in name)
+    run = step(layer, x, lengths, dy)
+    return Ours(
+        variant,
+        sum(kept.values()) / total,
+        run,
+        partial(_check, layer, x, lengths, dy, run),
+        flops=2.0 * positions * (3 * sum(kept.values()) - first),
+    )
 
 
 def _check(layer: SparseGRU, x: Tensor, lengths: Tensor, dy: Tensor, sparse: Callable[[], Tensor]) -> None:
@@ -98,9 +90,29 @@ def _check(layer: SparseGRU, x: Tensor, lengths: Tensor, dy: Tensor, sparse: Cal
     twin = layer.to_dense()
     expected = step(twin, x, lengths, dy)()
     check_close(y.detach(), expected.detach(), "gru forward")
+    topologies = {name: topology for name, _, topology in layer.sparse_items()}
     for name, weight in layer.weights.items():
         grad = getattr(twin, name).grad
-        if name in layer.topologies:
-            grad = layer.topologies[name].gather(grad)
+        if name in topologies:
+            grad = topologies[name].gather(grad)
         assert weight.grad is not None
         check_close(weight.grad, grad, f"gru gradient of {name}")
+
+
+VARIANTS = tuple(
+    Variant(pattern, sparsity, {} if goal is None else {"D1": goal})
+    for pattern, goals in GOALS.items()
+    for sparsity, goal in goals.items()
+)
+
+register(
+    Case(
+        "gru",
+        "SparseGRU against nn.GRU, packed and padded",
+        tuple(
+            Problem(f"H={hidden} L={LAYERS} bi B={BATCH} T={STEPS}", VARIANTS, partial(prepare, hidden),
+                    quick=hidden == 96, seconds=8.0)
+            for hidden in (96, 128)
+        ),
+    )
+)  # fmt: skip

@@ -8,17 +8,23 @@ products: MKL through `torch.mm` or oneDNN through `torch.ops.mkldnn._linear_poi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.harness import Row, check_close, compare, interleave
+from bench import peers
+from bench.harness import check_close, interleave
+from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseLinear
 
 BLOCK_GOALS = {0.5: 2.0, 0.75: 3.7, 0.9: 8.0}
+SMALL_BLOCK_GOALS = {**BLOCK_GOALS, 0.9: 6.0}  # K = 512
 UNSTRUCTURED_GOALS = {0.5: 2.1, 0.75: 4.0, 0.9: 8.0, 0.98: 18.0}
+BREAK_EVEN = {0.5: 1.0}  # unstructured against D2
 
 
 def onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -35,12 +41,17 @@ def dense_products(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, dict[str,
     }
 
 
+def quicker(ways: Mapping[str, Callable[[], Tensor]]) -> str:
+    """The name of the way that is quickest here."""
+    samples = interleave(ways, seconds=0.3, fewest=5)
+    return min(ways, key=lambda way: statistics.median(samples[way].values()))
+
+
 def best_dense(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Callable[[], None], str]:
     """D2: the three products, each by whichever library is quicker here, and which those are."""
     chosen, names = [], []
     for product, ways in dense_products(x, weight, dy).items():
-        samples = interleave(ways, rounds=5)
-        name = min(ways, key=lambda way: sorted(samples[way])[2])
+        name = quicker(ways)
         chosen.append(ways[name])
         names.append(f"{product}:{name}")
 
@@ -51,7 +62,36 @@ def best_dense(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Callable[[], None
     return run, " ".join(names)
 
 
-def sparse_step(layer: SparseLinear, x: Tensor, dy: Tensor) -> Callable[[], Tensor]:
+def prepare(positions: int, size: int, with_peers: bool, variants: tuple[Variant, ...]) -> Prepared:
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(size, size, generator=generator) / size**0.5).requires_grad_()
+    x = torch.randn(positions, size, generator=generator).requires_grad_()
+    dy = torch.randn(positions, size, generator=generator)
+
+    def d1() -> None:
+        x.grad = weight.grad = None
+        F.linear(x, weight).backward(dy)
+
+    d2, chosen = best_dense(x.detach(), weight.detach(), dy)
+    rivals = (Rival("D1", "D1 F.linear", ("D1",)), Rival("D2", "D2 best dense", ("D2",), chosen))
+    ours: dict[Variant, Ours] = {}
+    named: dict[str, str] = {}
+    x_ours = x.detach().clone().requires_grad_()
+    for variant in variants:
+        layer = SparseLinear(
+            size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator
+        )
+        others: dict[str, Callable[[], peers.Results]] = {}
+        if with_peers:
+            job = peers.Job(variant.pattern, peers.TRAINING, layer.dense_weight().detach(), x.detach(), dy)
+            others, reasons = peers.contenders(job)
+            named.update({f"{name}, {variant.pattern}": reason for name, reason in reasons.items()})
+        ours[variant] = sparse_step(variant, layer, x_ours, dy)
+        ours[variant].peers = others
+    return Prepared({"D1": d1, "D2": d2}, rivals, ours, named=named)
+
+
+def sparse_step(variant: Variant, layer: SparseLinear, x: Tensor, dy: Tensor) -> Ours:
     """Forward and backward through the public layer."""
 
     def run() -> Tensor:
@@ -60,61 +100,56 @@ def sparse_step(layer: SparseLinear, x: Tensor, dy: Tensor) -> Callable[[], Tens
         y.backward(dy)
         return y
 
-    return run
+    def check() -> None:
+        y = run()
+        weight = layer.dense_weight().detach()
+        assert x.grad is not None and layer.values.grad is not None
+        check_close(y.detach(), x.detach() @ weight.T, "linear forward")
+        check_close(x.grad, dy @ weight, "linear input gradient")
+        check_close(layer.values.grad, layer.topology.gather(dy.T @ x.detach()), "linear weight gradient")
 
-
-def rows_of(positions: int, size: int, patterns: dict[str, dict[float, float]], rounds: int) -> Iterator[Row]:
-    generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(size, size, generator=generator) / size**0.5).requires_grad_()
-    x = torch.randn(positions, size, generator=generator).requires_grad_()
-    dy = torch.randn(positions, size, generator=generator)
-    x_sparse = x.detach().clone().requires_grad_()
-
-    def d1() -> None:
-        x.grad = weight.grad = None
-        F.linear(x, weight).backward(dy)
-
-    d2, chosen = best_dense(x.detach(), weight.detach(), dy)
-    functions: dict[str, Callable[[], object]] = {"D1": d1, "D2": d2}
-    layers = {}
-    for pattern, goals in patterns.items():
-        for sparsity in goals:
-            layer = SparseLinear(size, size, bias=False, pattern=pattern, sparsity=sparsity, generator=generator)
-            run = sparse_step(layer, x_sparse, dy)
-            name = f"{pattern} {sparsity}"
-            _check(layer, x_sparse, dy, run)
-            layers[name], functions[name] = (layer, pattern, sparsity), run
-    samples = interleave(functions, rounds=rounds)
-    for name, (layer, pattern, sparsity) in layers.items():
-        density = layer.topology.density
-        flops = 3 * 2.0 * positions * layer.topology.nnz
-        block = pattern != "unstructured"
-        goal = patterns[pattern][sparsity]
-        goal = 6.0 if block and sparsity == 0.9 and size < 1024 else goal
-        goals = {"D1": None if block else goal, "D2": goal if block else (1.0 if sparsity == 0.5 else None)}
-        for rival, described in (("D1", "D1 F.linear"), ("D2", "D2 best dense")):
-            yield compare(
-                "linear", f"P={positions} K={size}", pattern, sparsity, density, described, samples[name],
-                samples[rival], nonzero_flops=flops, goal=goals[rival], note=chosen if rival == "D2" else "",
-            )  # fmt: skip
-
-
-def _check(layer: SparseLinear, x: Tensor, dy: Tensor, run: Callable[[], Tensor]) -> None:
-    y = run()
-    weight = layer.topology.scatter(layer.values.detach())
-    assert x.grad is not None and layer.values.grad is not None
-    check_close(y.detach(), x.detach() @ weight.T, "linear forward")
-    check_close(x.grad, dy @ weight, "linear input gradient")
-    check_close(layer.values.grad, layer.topology.gather(dy.T @ x.detach()), "linear weight gradient")
-
-
-def run(quick: bool) -> Iterator[Row]:
-    """Block 16 and 32 at P = 1024…4096, K = 512…2048; unstructured at P <= 1024 <= K."""
-    blocks = {"block:16x16": BLOCK_GOALS, "block:32x32": BLOCK_GOALS}
-    sizes = (
-        [(1024, 512)] if quick else [(1024, 512), (4096, 512), (1024, 1024), (4096, 1024), (1024, 2048), (2048, 2048)]
+    operands = 2 * x.nbytes + 2 * dy.nbytes + 2 * layer.values.nbytes
+    return Ours(
+        variant,
+        layer.topology.density,
+        run,
+        check,
+        flops=3 * 2.0 * x.shape[0] * layer.topology.nnz,
+        # y = x W': x, W, y. dx = dy W and dW = dy' x, in one pass over dy at best: dy, W, dx, x, dW.
+        moved=3.0 * x.nbytes + 2 * dy.nbytes + 3 * layer.values.nbytes,
+        footprint=operands,
     )
-    for positions, size in sizes:
-        yield from rows_of(positions, size, blocks, rounds=5 if quick else 11)
-    for positions, size in [(512, 1024)] if quick else [(512, 1024), (1024, 1024), (512, 2048), (1024, 2048)]:
-        yield from rows_of(positions, size, {"unstructured": UNSTRUCTURED_GOALS}, rounds=5 if quick else 11)
+
+
+def _block(goals: Mapping[float, float]) -> tuple[Variant, ...]:
+    return tuple(
+        Variant(pattern, sparsity, {"D2": goal})
+        for pattern in ("block:16x16", "block:32x32")
+        for sparsity, goal in goals.items()
+    )
+
+
+UNSTRUCTURED = tuple(
+    Variant("unstructured", s, {"D1": goal, **({"D2": BREAK_EVEN[s]} if s in BREAK_EVEN else {})})
+    for s, goal in UNSTRUCTURED_GOALS.items()
+)
+BLOCK_SHAPES = ((1024, 512), (4096, 512), (1024, 1024), (4096, 1024), (1024, 2048), (2048, 2048))
+UNSTRUCTURED_SHAPES = ((512, 1024), (1024, 1024), (512, 2048), (1024, 2048))
+
+
+def problems() -> tuple[Problem, ...]:
+    """Block 16 and 32 at P = 1024…4096, K = 512…2048; unstructured at P <= 1024 <= K."""
+    shapes = sorted({*BLOCK_SHAPES, *UNSTRUCTURED_SHAPES}, key=lambda shape: (shape[1], shape[0]))
+    made = []
+    for positions, size in shapes:
+        variants: tuple[Variant, ...] = ()
+        if (positions, size) in BLOCK_SHAPES:
+            variants += _block(SMALL_BLOCK_GOALS if size < 1024 else BLOCK_GOALS)
+        if (positions, size) in UNSTRUCTURED_SHAPES:
+            variants += UNSTRUCTURED
+        build = partial(prepare, positions, size, (positions, size) == (1024, 1024))
+        made.append(Problem(f"P={positions} K={size}", variants, build, quick=(positions, size) == (1024, 512)))
+    return tuple(made)
+
+
+register(Case("linear", "SparseLinear against F.linear and the best dense products", problems()))

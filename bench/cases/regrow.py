@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench.harness import Row, compare
+from bench.registry import Case, Ours, Prepared, Problem, Rival, Samples, Variant, register
 from sparsediff.presets import PRESETS
 from sparsediff.train import Run, load_data
 
 
-def timings(run: Run, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of each regrow alone, and of each whole training step without one."""
+def timings(run: Run, seconds: float) -> tuple[list[float], list[float]]:
+    """Milliseconds of each regrow alone, and of each whole training step without one; at least three of each."""
     regrow_ms: list[float] = []
     step_ms: list[float] = []
     plain = run.method.step
@@ -31,35 +31,58 @@ def timings(run: Run, steps: int) -> tuple[list[float], list[float]]:
         return done
 
     run.method.step = timed  # type: ignore[method-assign]
-    for turn in range(steps):
+    run.training_step()  # the first step warms up
+    end = time.perf_counter() + seconds
+    while min(len(regrow_ms), len(step_ms)) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
-        grew = run.training_step() is not None
-        if not grew and turn:
+        if run.training_step() is None:
             step_ms.append((time.perf_counter() - start) * 1e3)
     return regrow_ms, step_ms
 
 
-def run(quick: bool) -> Iterator[Row]:
-    """RigL and MagRan, p = 0.05 and 0.5; a step without growth against the regrow alone (`method.step()`)."""
-    settings = dataclasses.replace(PRESETS["chirodiff-kanjivg"], threads=torch.get_num_threads(), limit=1000)
+def density_of(run: Run) -> float:
+    assert run.plan is not None
+    return float(1 - run.plan["sparsity"])
+
+
+def prepare(method: str, drop: float, variants: tuple[Variant, ...]) -> Prepared:
+    """A step without growth against the regrow alone (`method.step()`), a growth every second step."""
+    settings = dataclasses.replace(
+        PRESETS["chirodiff-kanjivg"], threads=torch.get_num_threads(), limit=1000, method=method, every=2, drop=drop
+    )
     data = load_data(settings)
-    for pattern in ("block:16x16", "unstructured"):
-        for method in ("rigl", "magran"):
-            for drop in (0.05,) if quick else (0.05, 0.5):
-                config = dataclasses.replace(
-                    settings, method=method, pattern=pattern, sparsity=0.75, every=2, drop=drop
-                )
-                run = Run(config, data)
-                regrow_ms, step_ms = timings(run, 8 if quick else 24)
-                count = min(len(step_ms), len(regrow_ms))
-                yield compare(
-                    "regrow",
-                    f"kanjivg {method} p={drop}",
-                    pattern,
-                    0.75,
-                    1 - run.plan["sparsity"],
-                    "one training step",
-                    regrow_ms[-count:],
-                    step_ms[-count:],
-                    goal=1.0,
-                )
+    runs = {
+        variant: Run(dataclasses.replace(settings, pattern=variant.pattern, sparsity=variant.sparsity), data)
+        for variant in variants
+    }
+
+    def measure(seconds: float) -> Samples:
+        samples: Samples = {}
+        for variant, run in runs.items():
+            regrow_ms, step_ms = timings(run, seconds / len(runs))
+            samples[variant.name] = dict(enumerate(regrow_ms))
+            samples[f"{variant.name} step"] = dict(enumerate(step_ms))
+        return samples
+
+    ours = {variant: Ours(variant, density_of(run)) for variant, run in runs.items()}
+    return Prepared({}, (Rival("step", "one training step", ("step",)),), ours, measure)
+
+
+register(
+    Case(
+        "regrow",
+        "a regrow of a whole ChiroDiff against one training step",
+        tuple(
+            Problem(
+                f"kanjivg {method} p={drop}",
+                (Variant("block:16x16", 0.75, {"step": 1.0}), Variant("unstructured", 0.75, {"step": 1.0})),
+                partial(prepare, method, drop),
+                quick=drop == 0.05,
+                timed=False,
+                seconds=3.0,
+            )
+            for method in ("rigl", "magran")
+            for drop in (0.05, 0.5)
+        ),
+    )
+)

@@ -1,21 +1,23 @@
 """A whole ChiroDiff training step of the KanjiVG preset: batch, loss, backward, clipping, AdamW, method, EMA.
 
-Dense is torch's own GRU in the faster of its two forms; both sides run `sparsediff.train.Run.training_step`.
+Dense is torch's own GRU in the faster of its two forms; both sides run `sparsediff.train.Run.training_step`. That the
+sparse model's gradients are right is what the cases `gru` and `linear` check; here the first losses must be finite.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 
 import torch
 
-from bench.harness import Row, compare, interleave
+from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
 from sparsediff.presets import PRESETS, TrainConfig
-from sparsediff.train import Run, load_data
+from sparsediff.train import Run, StrokeData, load_data
 
-GOALS = {
+PRESET = PRESETS["chirodiff-kanjivg"]
+GOALS: dict[tuple[str, float], float | None] = {
     ("block:16x16", 0.5): None,
     ("block:16x16", 0.75): 4.0,
     ("block:16x16", 0.9): 6.0,
@@ -24,44 +26,54 @@ GOALS = {
 }
 
 
-def run(quick: bool) -> Iterator[Row]:
-    """RigL at every sparsity of the goals, ΔT as in the preset."""
-    preset = PRESETS["chirodiff-kanjivg"]
-    settings = dataclasses.replace(preset, threads=torch.get_num_threads(), limit=1000 if quick else None)
+def stepper(config: TrainConfig, data: StrokeData) -> tuple[Run, Callable[[], None]]:
+    run = Run(config, data)
+
+    def step() -> None:
+        run.training_step()
+
+    return run, step
+
+
+def prepare(variants: tuple[Variant, ...]) -> Prepared:
+    """RigL, ΔT as in the preset. Every run draws the same batches in the same order, so that a round compares steps on
+    about the same data."""
+    settings = dataclasses.replace(PRESET, threads=torch.get_num_threads())
     data = load_data(settings)
+    dense = {
+        form: stepper(dataclasses.replace(settings, method="dense", gru_form=form), data)[1]
+        for form in ("packed", "padded")
+    }
+    ours: dict[Variant, Ours | Exception] = {}
+    for variant in variants:
+        config = dataclasses.replace(settings, method="rigl", pattern=variant.pattern, sparsity=variant.sparsity)
+        run, step = stepper(config, data)
+        assert run.plan is not None
 
-    def stepper(config: TrainConfig) -> tuple[Run, Callable[[], None]]:
-        run = Run(config, data)
+        def check(run: Run = run, step: Callable[[], None] = step) -> None:
+            step()
+            if not math.isfinite(run.mean_loss()):
+                raise Wrong(f"the loss of a training step is {run.mean_loss()}")
 
-        def step() -> None:
-            run.training_step()
-
-        return run, step
-
-    functions = {}
-    for form in ("packed", "padded"):
-        _, functions[form] = stepper(dataclasses.replace(settings, method="dense", gru_form=form))
-    runs = {}
-    for pattern, sparsity in GOALS:
-        name = f"{pattern} {sparsity}"
-        config = dataclasses.replace(settings, method="rigl", pattern=pattern, sparsity=sparsity)
-        runs[name], functions[name] = stepper(config)
-    # Every run draws the same batches in the same order, so a round compares steps on the same data.
-    samples = interleave(functions, rounds=4 if quick else 15, warmup=1, shortest_ms=0)
-    rival = min(("packed", "padded"), key=lambda form: statistics.median(samples[form]))
-    for (pattern, sparsity), goal in GOALS.items():
-        name = f"{pattern} {sparsity}"
-        stored = sum(p.numel() for p in runs[name].parameters)
-        density = 1 - runs[name].plan["sparsity"]
-        yield compare(
-            "chirodiff step",
-            f"kanjivg B={settings.batch_size}",
-            pattern,
-            sparsity,
-            density,
-            f"dense {rival}",
-            samples[name],
-            samples[rival],
-            goal=goal,
-            parameters=stored,
+        ours[variant] = Ours(
+            variant,
+            1 - run.plan["sparsity"],
+            step,
+            check,
+            extra={"parameters": sum(p.numel() for p in run.parameters)},
         )
+    return Prepared(dense, (Rival("dense", "dense {}", ("packed", "padded")),), ours)
+
+
+VARIANTS = tuple(
+    Variant(pattern, sparsity, {} if goal is None else {"dense": goal}) for (pattern, sparsity), goal in GOALS.items()
+)
+
+register(
+    Case(
+        "step",
+        "a whole training step of the KanjiVG preset",
+        (Problem(f"kanjivg B={PRESET.batch_size}", VARIANTS, prepare, quick=True, seconds=15.0),),
+        row_name="chirodiff step",
+    )
+)

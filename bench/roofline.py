@@ -1,0 +1,118 @@
+"""What the machine could do at best: the measured multiply-add peak and stream bandwidth, and a row's ceiling by them.
+
+    ours >= max(nonzero FLOPs / peak, bytes that must move / bandwidth)          ceiling = rival's time / that
+
+The bandwidth is the one of the row's own working set: operands that fit a cache stream at that cache's rate, so the
+ceiling is not set lower than the machine's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from sparse_kernels import _native
+
+SMALLEST_SET, LARGEST_SET = 2**21, 2**28  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The least milliseconds that a row's work takes, by arithmetic and by memory, and the rates behind them."""
+
+    compute_ms: float | None
+    memory_ms: float | None
+    peak_gflops: float | None
+    bandwidth_gbs: float | None
+    flops: float | None
+    bytes_moved: float | None
+
+    def forbids(self, goal: float, rival_ms: float) -> str:
+        """The arithmetic by which a goal cannot be reached beside this rival; empty where it can."""
+        allowed = rival_ms / goal
+        for least, amount, rate in (
+            (self.compute_ms, f"{(self.flops or 0) / 1e9:.3g} GFLOP", f"{self.peak_gflops or 0:.0f} GFLOP/s"),
+            (self.memory_ms, f"{(self.bytes_moved or 0) / 1e6:.3g} MB", f"{self.bandwidth_gbs or 0:.0f} GB/s"),
+        ):
+            if least is not None and least > allowed:
+                return (
+                    f"{goal:.3g}x over {rival_ms:.3g} ms means {allowed:.3g} ms, but {amount} at the measured {rate} "
+                    f"take {least:.3g} ms (ceiling {rival_ms / least:.2f}x)"
+                )
+        return ""
+
+
+def limits(
+    flops: float | None, bytes_moved: float | None, *, footprint: float | None = None, dtype: str = "float32"
+) -> Limits:
+    """The limits of a row at torch's present thread count.
+
+    Args:
+        flops: of the nonzeros, 2 a multiply-add. bytes_moved: that any implementation must read or write.
+        footprint: bytes of the operands, which the bandwidth depends on; default: `bytes_moved`.
+        dtype: of the multiplications: "float32" or "bfloat16".
+    """
+    threads = torch.get_num_threads()
+    peak = peak_gflops(threads, dtype) if flops else None
+    bandwidth = stream_gbs(threads, footprint or bytes_moved) if bytes_moved else None
+    return Limits(
+        flops / (peak * 1e6) if flops and peak else None,
+        bytes_moved / (bandwidth * 1e6) if bytes_moved and bandwidth else None,
+        peak,
+        bandwidth,
+        flops,
+        bytes_moved,
+    )
+
+
+@functools.cache
+def peak_gflops(threads: int, dtype: str = "float32") -> float:
+    """The machine's multiply-add rate: the best of five short runs, measured once a process and thread count.
+
+    In bf16 it is the best that torch's matrix product reaches, but at least the fp32 rate: a kernel may convert.
+    """
+    module = _native.native()
+    rate = max(module.peak_fma_gflops(0.1, threads) for _ in range(5))
+    if dtype == "bfloat16":
+        size = 1024
+        a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+        rate = max(rate, 2.0 * size**3 / (_best(lambda: a @ b) * 1e9))
+    return round(rate, 1)
+
+
+def stream_gbs(threads: int, footprint: float) -> float:
+    """Stream bandwidth in GB/s over operands of `footprint` bytes, rounded down to a power of two: the best of a copy,
+    an addition and a reduction."""
+    size = min(max(footprint, SMALLEST_SET), LARGEST_SET)
+    return _stream_gbs(threads, 2 ** int(math.log2(size)))
+
+
+@functools.cache
+def _stream_gbs(threads: int, footprint: int) -> float:
+    count = footprint // 4
+    whole = torch.zeros(count)
+    thirds = whole[: count // 3 * 3].view(3, -1)
+    halves = whole.view(2, -1)
+    ways: dict[Callable[[], object], int] = {
+        lambda: torch.add(thirds[0], thirds[1], out=thirds[2]): thirds.nbytes,
+        lambda: halves[0].copy_(halves[1]): halves.nbytes,
+        lambda: torch.dot(halves[0], halves[1]): halves.nbytes,
+    }
+    return round(max(moved / (_best(way) * 1e9) for way, moved in ways.items()), 1)
+
+
+def _best(function: Callable[[], object], seconds: float = 0.15) -> float:
+    """The shortest time of a call in seconds, over at least three calls."""
+    function()
+    best, calls, end = math.inf, 0, time.perf_counter() + seconds
+    while calls < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+        calls += 1
+    return best
