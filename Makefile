@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | sanitize. Each makes the environment it needs (.venv) on its first run.
+# make demo | test | bench | report | lint | sanitize. Each makes the environment it needs (.venv) on its first run.
 #
 #   make test ARGS="-k topology"                 arguments for the command behind a target
 #   make test PYTHON=python3.12                  the Python that .venv is made with
@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h'
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test bench lint sanitize
+.PHONY: demo test bench report lint sanitize
 
 demo: $(VENV)/.stamp-base
 	$(BIN)/sparsediff demo $(ARGS)
@@ -25,7 +25,10 @@ test: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8 $(ARGS)
 
 bench: $(VENV)/.stamp-base
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench run $(ARGS)
+
+report: $(VENV)/.stamp-base
+	$(BIN)/python -m bench report $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run -Werror

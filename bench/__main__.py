@@ -1,8 +1,9 @@
-"""`python -m bench list | run | compare`: what there is, measure it, set two measurements side by side.
+"""`python -m bench list | run | compare | report`: what there is, measure it, set two measurements side by side, plot.
 
     python -m bench list                                    cases, problems, variants, peers
     python -m bench run [case | case/problem …] [options]   check, time, print, append rows
     python -m bench compare A B                             A, B: FILE, COMMIT or FILE@COMMIT
+    python -m bench report [FILE …] [--out PAGE]            one HTML page of all rows
 
 Without one of these words, what follows `python -m bench` are the arguments of `run`.
 """
@@ -21,7 +22,7 @@ from bench import peers, registry
 from bench.compare import comparison
 from bench.harness import measure_problem
 from bench.roofline import peak_gflops
-from bench.rows import default_file, machine, table, write
+from bench.rows import RESULTS, default_file, machine, table, write
 from sparse_kernels import _native
 
 
@@ -115,7 +116,20 @@ def compare(arguments: Sequence[str]) -> int:
     return int(regressions > 0)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "run": run, "compare": compare}
+def report(arguments: Sequence[str]) -> int:
+    """Writes one HTML page of all rows."""
+    from bench.report import write_report  # matplotlib, for this alone
+
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=report.__doc__)
+    parser.add_argument("files", nargs="*", type=Path, help="row files (default: all of bench/results)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench.html"), help="the page")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(RESULTS.glob("*.jsonl"))
+    print(f"{write_report(files, options.out)}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "run": run, "compare": compare, "report": report}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -154,9 +154,11 @@ def read(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
+            if "(KiB)" in entry["case"]:
+                entry.setdefault("unit", "KiB")
             unknown = {name: entry.pop(name) for name in sorted(set(entry) - known)}
             row = Row(**entry)
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}:{number} is not a row: {error}.") from error
         row.extra.update(unknown)
         rows.append(row)
