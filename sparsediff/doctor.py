@@ -13,7 +13,7 @@ import torch
 from sparse_kernels import _native
 from sparse_kernels.backends import registry
 
-PACKAGES = ("torch", "numpy", "triton", "safetensors", "tyro", "pooch", "shapely", "kanjivg", "matplotlib", "pillow")
+PACKAGES = ("numpy", "triton", "safetensors", "tyro", "pooch", "shapely", "kanjivg", "matplotlib", "pillow")
 FEATURES = ("avx2", "fma", "bmi2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd")
 
 
@@ -95,6 +95,7 @@ def report() -> str:
         "versions": [
             ("sparsediff", _version("sparsediff")),
             ("python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})"),
+            ("torch", torch.__version__),  # with its build, "+cu130" or "+cpu", which metadata may leave out
             *((package, _version(package)) for package in PACKAGES),
         ],
         "cpu": _cpu(),
