@@ -84,6 +84,48 @@ int64_t unstructured_sddmm_workspace_bytes(const BlockIndex& w, int64_t position
 int unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const float* dy, int64_t ldy, const float* x,
                        int64_t ldx, float* dvalues, int64_t positions, int64_t threads, void* workspace);
 
+// ---- CPU: convolution -----------------------------------------------------------------------------------------------
+//
+// The weight is the matrix [out, kernel_h * kernel_w * in], tap-major: BlockIndex.in counts one tap's inputs, and
+// column block `tap * ceil(in / bw) + j` is block j of that tap. Images are fp32 [batch, channels, height, width].
+
+struct ConvShape {
+    int64_t batch, height, width, out_height, out_width;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+// Of an image tensor, in floats: batch, channel, row, column.
+struct ImageStrides {
+    int64_t n, c, h, w;
+};
+
+// Unstructured convolution, fp32 (csrc/cpu/conv_unstructured.cpp). Images may have any strides; those of contiguous and
+// channels_last tensors are the fast ones. Outputs are written completely and do not depend on what they or the
+// workspace held. Results repeat bit for bit for a number of threads. `runs` is the derived index of one orientation.
+
+// Length in int32 of the derived index; a function of out, in, taps and nnzb alone.
+int64_t conv_unstructured_runs_ints(const BlockIndex& w, int64_t taps, bool transposed);
+int64_t conv_unstructured_derive_workspace_bytes(const BlockIndex& w, int64_t taps, bool transposed);
+int conv_unstructured_derive(const BlockIndex& w, int64_t taps, bool transposed, int32_t* runs, void* workspace);
+
+// y = conv(x, W) + bias
+int64_t conv_unstructured_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
+int conv_unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const ConvShape& conv,
+                           const float* x, const ImageStrides& x_strides, const float* bias, float* y,
+                           const ImageStrides& y_strides, int64_t threads, void* workspace);
+
+// dx = the input gradient of conv for dy, through the transposed runs
+int64_t conv_unstructured_spmm_t_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
+int conv_unstructured_spmm_t(const BlockIndex& w, const int32_t* runs_t, const float* values, const ConvShape& conv,
+                             const float* dy, const ImageStrides& dy_strides, float* dx, const ImageStrides& dx_strides,
+                             int64_t threads, void* workspace);
+
+// dvalues [nnzb] = the weight gradient at the active positions
+int64_t conv_unstructured_sddmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
+int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const ConvShape& conv, const float* dy,
+                            const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides,
+                            float* dvalues, int64_t threads, void* workspace);
+
 // ---- CPU: GRU (csrc/cpu/gru.cpp) ------------------------------------------------------------------------------------
 //
 // One layer, one or two directions, with torch.nn.GRU's equations and gate order (r, z, n):

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/arena.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -19,9 +20,6 @@ constexpr int64_t kReadAhead = 2 * kQuad;
 // Copies of the weight gradient that threads accumulate before they are added: bounds the workspace.
 constexpr int64_t kMaxCopies = 8;
 constexpr int64_t kMaxTile = 1024;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // The weight seen by rows or, for the input gradient, by columns.
 struct View {
@@ -66,19 +64,6 @@ struct Runs {
     // Quads of the stream, whatever the pattern: each run wastes at most three quarters of one.
     int64_t max_quads(int64_t nnz) const { return ceil_div(nnz + 3 * std::min(nnz, tiles * rows), kQuad); }
     UnstructuredRun* of(int64_t t) const { return runs + t * rows; }
-};
-
-// Hands out 64-byte aligned pieces of a workspace; without a workspace it only counts.
-struct Arena {
-    char* base;
-    int64_t used = 0;
-
-    template <class T>
-    T* take(int64_t count) {
-        T* piece = reinterpret_cast<T*>(base + used);
-        used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-        return piece;
-    }
 };
 
 // Width of the panels: the widest that keeps all threads busy. Narrow ones cost more per position.
@@ -160,7 +145,7 @@ struct SpmmPlan {
           workers(std::min(threads, panels)),
           tile_floats(index.tile * width),
           panel_floats(round_up(w.rows, 16) * width) {
-        Arena arena{static_cast<char*>(workspace)};
+        Arena arena(workspace);
         const int64_t entries = kQuad * index.max_quads(w.nnz);
         stream.weights = arena.take<float>(entries);
         stream.locals = arena.take<uint16_t>(entries + kReadAhead);
@@ -221,7 +206,7 @@ struct SddmmPlan {
           tile_floats(index.tile * width),
           panel_floats(round_up(w.rows, 16) * width),
           entries(kQuad * index.max_quads(w.nnz)) {
-        Arena arena{static_cast<char*>(workspace)};
+        Arena arena(workspace);
         stream.weights = nullptr;
         stream.locals = arena.take<uint16_t>(entries + kReadAhead);
         tiles = arena.take<float>(tile_floats * copies * shares);

@@ -1,7 +1,8 @@
 """The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
 
 Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_unstructured` that of 1x1 blocks,
-`_cpu_gru` the fused GRU. This file says what is served and calls them.
+`_cpu_conv_unstructured` the convolution of 1x1 blocks, `_cpu_gru` the fused GRU. This file says what is served and
+calls them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from .. import _native
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
-from . import _cpu_block, _cpu_gru, _cpu_unstructured
+from . import _cpu_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
 
 # Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
@@ -36,14 +37,14 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, not on {device.type}"
         if dtype != torch.float32:
             return f"its kernels are float32, not {str(dtype).removeprefix('torch.')}"
-        if op == "gru":
-            return None
-        if op != "linear":
-            return f"it has no {op} kernels"
+        if op == "conv" and pattern != Unstructured():
+            return f"it has no conv kernels for {pattern}"
         return None
 
     def deriver(self, op: str, pattern: Block) -> Deriver | None:
-        return _cpu_unstructured.RunsDeriver() if op == "linear" and pattern == Unstructured() else None
+        if pattern != Unstructured() or op == "gru":
+            return None
+        return _cpu_conv_unstructured.RunsDeriver() if op == "conv" else _cpu_unstructured.RunsDeriver()
 
     def spmm(
         self,
@@ -53,9 +54,10 @@ class CpuBackend(Backend):
         bias: Tensor | None = None,
         conv: ConvGeometry | None = None,
     ) -> Tensor:
+        values, bias = values.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if conv is not None:
-            raise self._missing("convolution")
-        return _linear(index).spmm(x, values.to(x.dtype), index, None if bias is None else bias.to(x.dtype))
+            return _cpu_conv_unstructured.spmm(x, values, index, bias, conv)
+        return _linear(index).spmm(x, values, index, bias)
 
     def spmm_t(
         self,
@@ -65,19 +67,19 @@ class CpuBackend(Backend):
         conv: ConvGeometry | None = None,
         x_like: Tensor | None = None,
     ) -> Tensor:
-        if conv is not None:
-            raise self._missing("convolution")
+        if conv is not None and x_like is not None:
+            return _cpu_conv_unstructured.spmm_t(dy, values.to(dy.dtype), index, conv, x_like)
         return _linear(index).spmm_t(dy, values.to(dy.dtype), index)
 
     def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is not None:
-            raise self._missing("convolution")
+            return _cpu_conv_unstructured.sddmm(dy, x, index, conv)
         return _linear(index).sddmm(dy, x, index)
 
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
-        # Every block is wanted, so dense products of row panels are the fastest kernel there is.
         if conv is not None:
-            raise self._missing("convolution")
+            return _cpu_conv_unstructured.block_scores(dy, x, index, conv)
+        # Every block is wanted, so dense products of row panels are the fastest kernel there is.
         padded_in = index.col_blocks * index.bw
         panel = max(1, SCORE_PANEL_BYTES // (4 * padded_in * index.bh))  # row blocks
         scores = x.new_empty(index.row_blocks, index.col_blocks)

@@ -1,0 +1,248 @@
+// Unstructured convolution: workspaces and threads. The blocking is drawn in csrc/cpu/conv_unstructured.h.
+#include "cpu/conv_unstructured.h"
+
+#include <algorithm>
+
+#include "cpu/arena.h"
+#include "cpu/conv_unstructured_gather.h"
+#include "cpu/conv_unstructured_index.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+SK_DECLARE_TABLE(ConvUnstructuredTable, conv_unstructured_table)
+
+namespace sk {
+
+namespace {
+
+// Copies of the weight gradient that threads accumulate before they are added: bounds the workspace.
+constexpr int64_t kMaxCopies = 8;
+constexpr int64_t kMaxHeight = 8;
+
+bool valid(const BlockIndex& w, int64_t taps) {
+    return w.bh == 1 && w.bw == 1 && w.out > 0 && w.in > 0 && w.nnzb >= 0 && taps > 0;
+}
+
+int64_t taps_of(const ConvShape& conv) { return conv.kernel_h * conv.kernel_w; }
+
+bool valid(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return kernel > 0 && stride > 0 && dilation > 0 && pad >= 0 && size >= 0 && out >= 0 &&
+           (out == 0 || (out - 1) * stride + dilation * (kernel - 1) + 1 <= size + 2 * pad);
+}
+
+bool valid(const BlockIndex& w, const ConvShape& c, int64_t threads) {
+    return threads > 0 && c.batch >= 0 &&
+           valid(c.height, c.out_height, c.kernel_h, c.stride_h, c.pad_h, c.dilation_h) &&
+           valid(c.width, c.out_width, c.kernel_w, c.stride_w, c.pad_w, c.dilation_w) && valid(w, taps_of(c));
+}
+
+struct Source {
+    const float* data;
+    const ImageStrides& strides;
+};
+
+struct Target {
+    float* data;
+    const ImageStrides& strides;
+};
+
+// What one worker has to itself.
+struct Desk {
+    ConvLanes* lanes;       // of each kernel column and for writing
+    ConvVectorRow* rows;    // of a tile
+    ConvVectorRow* writes;  // [kMaxHeight]
+    float *tile, *panel;
+};
+
+// The workspace of any of the three products.
+struct Plan {
+    ConvView w;
+    ConvRuns index;
+    int64_t threads, entries;
+    int64_t* offsets;
+    ConvGroup* groups;
+    ConvTap* taps;
+    ConvSource* sources;
+    ConvStream stream;
+    Desk first;  // of worker 0
+    int64_t group_rows, lane_count, tile_floats, panel_floats, bytes;
+    float* sums;
+
+    Plan(const BlockIndex& weight, bool transposed, const int32_t* runs, const ConvShape& conv, int64_t threads,
+         int64_t workers, int64_t copies, void* workspace)
+        : w(weight, taps_of(conv), transposed), index(w, runs), threads(threads), entries(index.max_entries(w.nnz)) {
+        const ConvTiling& tiling = index.tiling;
+        group_rows = std::min(tiling.group_taps(), w.taps) * kMaxHeight;
+        lane_count = (conv.kernel_w + 1) * (conv.kernel_h == 1 ? kMaxHeight : 1);
+        tile_floats = round_up(tiling.chunk, kVectorRow) * group_rows * kVectorRow;
+        panel_floats = round_up(w.rows, kVectorRow) * kMaxHeight * kVectorRow;
+        Arena arena(workspace);
+        offsets = arena.take<int64_t>(conv.kernel_h + conv.kernel_w);
+        groups = arena.take<ConvGroup>(tiling.groups);
+        taps = arena.take<ConvTap>(w.taps);
+        sources = arena.take<ConvSource>(tiling.groups * group_rows);
+        stream.weights = arena.take<float>(copies == 0 ? entries : 0);
+        stream.locals = arena.take<uint16_t>(entries + kReadAhead);
+        stream.runs = arena.take<ConvRun>(tiling.tiles() * w.rows);
+        first.lanes = arena.take<ConvLanes>(lane_count * workers);
+        first.rows = arena.take<ConvVectorRow>(group_rows * workers);
+        first.writes = arena.take<ConvVectorRow>(kMaxHeight * workers);
+        first.tile = arena.take<float>(tile_floats * workers);
+        first.panel = arena.take<float>(panel_floats * workers);
+        sums = arena.take<float>(entries * copies);
+        bytes = arena.used;
+    }
+
+    Desk desk(int64_t worker) const {
+        return {first.lanes + worker * lane_count, first.rows + worker * group_rows, first.writes + worker * kMaxHeight,
+                first.tile + worker * tile_floats, first.panel + worker * panel_floats};
+    }
+    ConvSource* sources_of(int64_t group) const { return sources + group * group_rows; }
+    void lay_out(const ConvPanels& panels) const {
+        ConvTap* next = taps;
+        for (int64_t g = 0; g < index.tiling.groups; ++g) {
+            groups[g] = conv_group(panels, index.tiling, g, next, sources_of(g));
+            next += groups[g].count;
+        }
+    }
+    void fill(const float* values, int64_t from, int64_t step) const {
+        for (int64_t t = from; t < index.tiling.tiles(); t += step)
+            conv_fill(w, index, groups[t % index.tiling.groups], values, t, stream);
+    }
+    // Packs one tile of a panel of x.
+    void pack(const ConvUnstructuredTable& kernels, const ConvPanels& panels, int64_t panel, int64_t tile,
+              const Source& x, const Desk& desk) const {
+        const int64_t g = tile % index.tiling.groups, c = tile / index.tiling.groups * index.tiling.chunk;
+        conv_read_rows(panels, panel, x.strides, groups[g], sources_of(g), desk.lanes, desk.rows);
+        kernels.pack(x.data + c * x.strides.c, x.strides.c, std::min(index.tiling.chunk, w.cols - c), desk.rows,
+                     groups[g].rows, desk.tile);
+    }
+};
+
+void multiply(const Plan& plan, const ConvPanels& panels, const float* values, const Source& x, const float* bias,
+              const Target& y) {
+    const ConvUnstructuredTable& kernels = SK_TABLE(conv_unstructured_table);
+    const ConvRuns& index = plan.index;
+    plan.lay_out(panels);
+#pragma omp parallel num_threads(static_cast<int>(plan.threads))
+    {
+        const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+        plan.fill(values, id, team);
+#pragma omp barrier
+        const Desk desk = plan.desk(id);
+        for (int64_t p = id; p < panels.count; p += team) {
+            conv_lanes(panels, p, x.strides, y.strides, desk.lanes);
+            for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
+                const int64_t start = kQuad * index.quads[t];
+                plan.pack(kernels, panels, p, t, x, desk);
+                kernels.spmm_tile(plan.stream.runs + t * plan.w.rows, index.counts[t], plan.stream.weights + start,
+                                  plan.stream.locals + start, desk.tile, desk.panel, panels.height, t == 0, bias);
+            }
+            conv_write_rows(panels, p, y.strides, desk.lanes, desk.writes);
+            kernels.unpack(desk.panel, y.strides.c, plan.w.rows, desk.writes, panels.height, y.data);
+        }
+    }
+}
+
+int64_t copies_of(int64_t threads) { return std::min(threads, kMaxCopies); }
+
+}  // namespace
+
+int64_t conv_unstructured_runs_ints(const BlockIndex& w, int64_t taps, bool transposed) {
+    return valid(w, taps) ? ConvRuns(ConvView(w, taps, transposed), nullptr).ints() : 0;
+}
+
+int64_t conv_unstructured_derive_workspace_bytes(const BlockIndex& w, int64_t taps, bool transposed) {
+    return valid(w, taps) ? conv_derive_scratch_ints(ConvView(w, taps, transposed)) * 4 : 0;
+}
+
+int conv_unstructured_derive(const BlockIndex& weight, int64_t taps, bool transposed, int32_t* runs, void* workspace) {
+    if (!valid(weight, taps)) return kInvalid;
+    const ConvView w(weight, taps, transposed);
+    conv_derive(w, ConvRuns(w, runs), static_cast<int32_t*>(workspace));
+    return kOk;
+}
+
+int64_t conv_unstructured_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    return valid(w, conv, threads) ? Plan(w, false, nullptr, conv, threads, threads, 0, nullptr).bytes : 0;
+}
+
+int conv_unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const ConvShape& conv,
+                           const float* x, const ImageStrides& x_strides, const float* bias, float* y,
+                           const ImageStrides& y_strides, int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads)) return kInvalid;
+    const Plan plan(w, false, runs, conv, threads, threads, 0, workspace);
+    const ConvProduct product = conv_forward(conv, plan.offsets);
+    if (!product.empty()) multiply(plan, ConvPanels(product, threads), values, {x, x_strides}, bias, {y, y_strides});
+    return kOk;
+}
+
+int64_t conv_unstructured_spmm_t_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    return valid(w, conv, threads) ? Plan(w, true, nullptr, conv, threads, threads, 0, nullptr).bytes : 0;
+}
+
+int conv_unstructured_spmm_t(const BlockIndex& w, const int32_t* runs_t, const float* values, const ConvShape& conv,
+                             const float* dy, const ImageStrides& dy_strides, float* dx, const ImageStrides& dx_strides,
+                             int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads)) return kInvalid;
+    const Plan plan(w, true, runs_t, conv, threads, threads, 0, workspace);
+    for (int64_t phase = 0; phase < conv_phases(conv); ++phase) {
+        const ConvProduct product = conv_phase(conv, phase, plan.offsets);
+        if (!product.empty())
+            multiply(plan, ConvPanels(product, threads), values, {dy, dy_strides}, nullptr, {dx, dx_strides});
+    }
+    return kOk;
+}
+
+int64_t conv_unstructured_sddmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    const int64_t copies = copies_of(threads);
+    return valid(w, conv, threads) ? Plan(w, false, nullptr, conv, threads, copies, copies, nullptr).bytes : 0;
+}
+
+int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const ConvShape& conv, const float* dy,
+                            const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides,
+                            float* dvalues, int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads)) return kInvalid;
+    const int64_t most = copies_of(threads);
+    const Plan plan(w, false, runs, conv, threads, most, most, workspace);
+    const ConvProduct product = conv_forward(conv, plan.offsets);
+    if (product.empty()) {
+        std::fill(dvalues, dvalues + w.nnzb, 0.0f);
+        return kOk;
+    }
+    const ConvPanels panels(product, most);
+    // One copy of the sums a worker; the runtime may give fewer threads than there are workers.
+    const int64_t copies = std::min(most, panels.count);
+    const ConvUnstructuredTable& kernels = SK_TABLE(conv_unstructured_table);
+    const ConvRuns& index = plan.index;
+    plan.lay_out(panels);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+        plan.fill(nullptr, id, team);
+#pragma omp barrier
+        for (int64_t worker = id; worker < copies; worker += team) {
+            const Desk desk = plan.desk(worker);
+            float* sums = plan.sums + worker * plan.entries;
+            std::fill(sums, sums + kQuad * index.quads[index.tiling.tiles()], 0.0f);
+            for (int64_t p = worker; p < panels.count; p += copies) {
+                conv_lanes(panels, p, x_strides, dy_strides, desk.lanes);
+                conv_write_rows(panels, p, dy_strides, desk.lanes, desk.writes);
+                kernels.pack(dy, dy_strides.c, w.out, desk.writes, panels.height, desk.panel);
+                for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
+                    const int64_t start = kQuad * index.quads[t];
+                    plan.pack(kernels, panels, p, t, {x, x_strides}, desk);
+                    kernels.sddmm_tile(plan.stream.runs + t * w.out, index.counts[t], plan.stream.locals + start,
+                                       desk.tile, desk.panel, panels.height, panels.live(p), sums + start);
+                }
+            }
+        }
+#pragma omp barrier
+        for (int64_t t = id; t < index.tiling.tiles(); t += team)
+            conv_scatter(plan.w, index, plan.groups[t % index.tiling.groups], t, plan.sums, copies, plan.entries,
+                         dvalues);
+    }
+    return kOk;
+}
+
+}  // namespace sk

@@ -1,0 +1,63 @@
+// Unstructured convolution: what the launchers (csrc/cpu/conv_unstructured*.cpp) and the kernels share.
+//
+// Output positions are cut into panels of `height` vector rows of 16. The images of a batch stand side by side, so that
+// a vector row is 16 neighbours of the plane [H'][N * W'], and a panel `height` of them below one another. Where the
+// kernel has one row there is nothing to share vertically: the plane is then the single row [N * H' * W'], and a panel
+// `height` vector rows of it, beside one another.
+//
+// The weight's columns (tap, c) are cut into tiles: a chunk of channels times a group of taps, those of one kernel
+// column s and all kernel rows r. A tile of an X panel holds, for each channel, the vector rows that its taps read,
+// shifted by s: aligned, each stored once although up to R taps read it.
+//
+//     for each panel:  for each tile:  pack X into [channel][row][16]                             (L1)
+//                                      for each run: Y[row] += Σ w_k · X[local_k ...][height][16]  (Y panel in L2)
+//                      unpack Y
+//
+// A run is the part of a weight's row that lies in one tile; runs are sorted by length. Their nonzeros form the stream:
+// gathered values and 16-bit addresses within the tile, in units of a vector row, each run padded to quads.
+//
+// The input gradient is the same product on the transposed index, with dY in the place of X; a stride s makes it one
+// such product for each of the s x s phases of dX, each with the taps that reach it.
+#pragma once
+
+#include <cstdint>
+
+namespace sk {
+
+constexpr int64_t kVectorRow = 16;
+
+struct ConvRun {
+    int32_t row, count;
+};
+
+// Where the 16 positions of a vector row lie in a tensor.
+struct ConvLanes {
+    int64_t at[kVectorRow];  // in elements, from the tensor's first; -1 outside the image
+    // Stretches of lanes inside the image at consecutive addresses.
+    int32_t pieces;
+    int32_t lane[kVectorRow], length[kVectorRow];
+};
+
+struct ConvVectorRow {
+    const ConvLanes* lanes;
+    int64_t offset;  // further elements; -1: the row is outside the image
+};
+
+struct ConvUnstructuredTable {
+    // x, whose channels are stride_c apart -> tile [channels][count][16]; what is outside the image reads as zero.
+    // Where stride_c is 1, whole vectors of channels are written: tile has room for a multiple of 16.
+    void (*pack)(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                 float* tile);
+    // panel [channels][count][16] -> y; positions outside are dropped. Reads whole vectors of channels, as pack writes.
+    void (*unpack)(const float* panel, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                   float* y);
+    // y[row] = start + Σ w_k · x[local_k] for every run, where start is y[row] itself, or on the first tile the row's
+    // bias (zero where bias is null). y [rows][height][16]; height 1, 2, 4 or 8.
+    void (*spmm_tile)(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,
+                      float* y, int64_t height, bool first, const float* bias);
+    // sums[k] += Σ_p dy[row][p] · x[local_k][p] over the first `live` vector rows, for every entry of the stream.
+    void (*sddmm_tile)(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
+                       int64_t height, int64_t live, float* sums);
+};
+
+}  // namespace sk

@@ -1,0 +1,243 @@
+// Unstructured convolution: the inner loops. The blocking is drawn in csrc/cpu/conv_unstructured.h.
+#include "cpu/conv_unstructured.h"
+
+#include "cpu/simd.h"
+#include "cpu/stream.h"
+
+namespace sk::SK_ISA {
+
+constexpr int kRow = kVectorRow;
+
+SK_INLINE void clear_row(float* to) {
+    for (int l = 0; l < kRow; l += VLEN) store(to + l, zero());
+}
+
+// length in [1, 16].
+SK_INLINE void copy_piece(const float* from, float* to, int64_t length) {
+    if (length == 1) {
+        *to = *from;
+        return;
+    }
+    for (; length > VLEN; length -= VLEN, from += VLEN, to += VLEN) store(to, load(from));
+    store_first(to, load_first(from, length), length);
+}
+
+SK_INLINE bool whole(const ConvLanes& lanes) { return lanes.pieces == 1 && lanes.length[0] == kRow; }
+
+// Channels that are planes: a vector row is a few stretches of memory.
+static void pack_planes(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow& row, int64_t step,
+                        float* to) {
+    if (row.offset < 0) {
+        for (int64_t c = 0; c < channels; ++c) clear_row(to + c * step);
+        return;
+    }
+    const ConvLanes& lanes = *row.lanes;
+    const float* from = x + row.offset;
+    if (whole(lanes)) {
+        from += lanes.at[0];
+        for (int64_t c = 0; c < channels; ++c)
+            for (int l = 0; l < kRow; l += VLEN) store(to + c * step + l, load(from + c * stride_c + l));
+        return;
+    }
+    for (int64_t c = 0; c < channels; ++c, from += stride_c, to += step) {
+        clear_row(to);
+        for (int32_t p = 0; p < lanes.pieces; ++p)
+            copy_piece(from + lanes.at[lanes.lane[p]], to + lanes.lane[p], lanes.length[p]);
+    }
+}
+
+// Channels that are neighbours: 16 positions of as many channels are transposed.
+static void pack_pixels(const float* x, int64_t channels, const ConvVectorRow& row, int64_t step, float* to) {
+    if (row.offset < 0) {
+        for (int64_t c = 0; c < channels; ++c) clear_row(to + c * step);
+        return;
+    }
+    for (int lane = 0; lane < kRow; lane += VLEN) {
+        const int64_t* at = row.lanes->at + lane;
+        for (int64_t c = 0; c < channels; c += VLEN) {
+            const int64_t n = channels - c < VLEN ? channels - c : VLEN;
+            const float* from = x + row.offset + c;
+            vfloat r[VLEN];
+            for (int i = 0; i < VLEN; ++i)
+                r[i] = at[i] < 0 ? zero() : n == VLEN ? load(from + at[i]) : load_first(from + at[i], n);
+            transpose(r);
+            for (int i = 0; i < VLEN; ++i) store(to + (c + i) * step + lane, r[i]);
+        }
+    }
+}
+
+static void pack(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                 float* tile) {
+    for (int64_t j = 0; j < count; ++j) {
+        if (stride_c == 1)
+            pack_pixels(x, channels, rows[j], count * kRow, tile + j * kRow);
+        else
+            pack_planes(x, stride_c, channels, rows[j], count * kRow, tile + j * kRow);
+    }
+}
+
+static void unpack_planes(const float* from, int64_t stride_c, int64_t channels, const ConvVectorRow& row, int64_t step,
+                          float* y) {
+    const ConvLanes& lanes = *row.lanes;
+    float* to = y + row.offset;
+    for (int64_t c = 0; c < channels; ++c, from += step, to += stride_c)
+        for (int32_t p = 0; p < lanes.pieces; ++p)
+            copy_piece(from + lanes.lane[p], to + lanes.at[lanes.lane[p]], lanes.length[p]);
+}
+
+static void unpack_pixels(const float* from, int64_t channels, const ConvVectorRow& row, int64_t step, float* y) {
+    for (int lane = 0; lane < kRow; lane += VLEN) {
+        const int64_t* at = row.lanes->at + lane;
+        for (int64_t c = 0; c < channels; c += VLEN) {
+            const int64_t n = channels - c < VLEN ? channels - c : VLEN;
+            float* to = y + row.offset + c;
+            vfloat r[VLEN];
+            for (int i = 0; i < VLEN; ++i) r[i] = load(from + (c + i) * step + lane);
+            transpose(r);
+            for (int i = 0; i < VLEN; ++i) {
+                if (at[i] < 0) continue;
+                if (n == VLEN)
+                    store(to + at[i], r[i]);
+                else
+                    store_first(to + at[i], r[i], n);
+            }
+        }
+    }
+}
+
+static void unpack(const float* panel, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                   float* y) {
+    for (int64_t j = 0; j < count; ++j) {
+        if (rows[j].offset < 0) continue;
+        if (stride_c == 1)
+            unpack_pixels(panel + j * kRow, channels, rows[j], count * kRow, y);
+        else
+            unpack_planes(panel + j * kRow, stride_c, channels, rows[j], count * kRow, y);
+    }
+}
+
+// Works on `Part` of the `Width` positions of a panel; x and y point at the part.
+template <int Width, int Part>
+static void spmm_part(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,
+                      float* y, bool first, const float* bias) {
+    constexpr int kVectors = Part / VLEN;
+    // Eight chains of multiply-adds in flight: two pipes of latency four.
+    constexpr int kSets = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;
+    Columns columns(locals);
+    for (int64_t i = 0; i < count; ++i) {
+        float* out = y + static_cast<int64_t>(runs[i].row) * Width;
+        vfloat acc[kSets][kVectors];
+        if (first) {
+            const vfloat start = bias ? broadcast(bias[runs[i].row]) : zero();
+            for (int v = 0; v < kVectors; ++v) acc[0][v] = start;
+        } else {
+            for (int v = 0; v < kVectors; ++v) acc[0][v] = load(out + v * VLEN);
+        }
+        for (int s = 1; s < kSets; ++s)
+            for (int v = 0; v < kVectors; ++v) acc[s][v] = zero();
+
+        const auto add = [&](int set, vfloat weight, uint64_t local) __attribute__((always_inline)) {
+            const float* from = x + local * kRow;
+            for (int v = 0; v < kVectors; ++v) acc[set][v] = fma(weight, load(from + v * VLEN), acc[set][v]);
+        };
+        int32_t left = runs[i].count;
+        for (; left >= 4; left -= 4) {
+            const vfloat w = broadcast4(weights);
+            const uint64_t word = columns.quad();
+            weights += 4;
+            add(0, in_lanes<0, 0, 0, 0>(w, w), SK_COLUMN(word, 0));
+            add(1 % kSets, in_lanes<1, 1, 1, 1>(w, w), SK_COLUMN(word, 1));
+            add(2 % kSets, in_lanes<2, 2, 2, 2>(w, w), SK_COLUMN(word, 2));
+            add(3 % kSets, in_lanes<3, 3, 3, 3>(w, w), SK_COLUMN(word, 3));
+        }
+        if (left > 0) {
+            const vfloat w = broadcast4(weights);
+            const uint64_t word = columns.quad();
+            weights += 4;
+            add(0, in_lanes<0, 0, 0, 0>(w, w), SK_COLUMN(word, 0));
+            if (left > 1) add(1 % kSets, in_lanes<1, 1, 1, 1>(w, w), SK_COLUMN(word, 1));
+            if (left > 2) add(2 % kSets, in_lanes<2, 2, 2, 2>(w, w), SK_COLUMN(word, 2));
+        }
+        for (int s = 1; s < kSets; ++s)
+            for (int v = 0; v < kVectors; ++v) acc[0][v] += acc[s][v];
+        for (int v = 0; v < kVectors; ++v) store(out + v * VLEN, acc[0][v]);
+    }
+}
+
+template <int Width>
+SK_INLINE void spmm_width(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals,
+                          const float* x, float* y, bool first, const float* bias) {
+    constexpr int kPart = part_of(Width);
+    for (int p = 0; p < Width; p += kPart)
+        spmm_part<Width, kPart>(runs, count, weights, locals, x + p, y + p, first, bias);
+}
+
+static void spmm_tile(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,
+                      float* y, int64_t height, bool first, const float* bias) {
+    if (height == 8) spmm_width<8 * kRow>(runs, count, weights, locals, x, y, first, bias);
+    if (height == 4) spmm_width<4 * kRow>(runs, count, weights, locals, x, y, first, bias);
+    if (height == 2) spmm_width<2 * kRow>(runs, count, weights, locals, x, y, first, bias);
+    if (height == 1) spmm_width<1 * kRow>(runs, count, weights, locals, x, y, first, bias);
+}
+
+template <int Width, int Part>
+static void sddmm_part(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
+                       float* sums) {
+    constexpr int kVectors = Part / VLEN;
+    Columns columns(locals);
+    for (int64_t i = 0; i < count; ++i) {
+        vfloat d[kVectors];
+        for (int v = 0; v < kVectors; ++v) d[v] = load(dy + static_cast<int64_t>(runs[i].row) * Width + v * VLEN);
+
+        const auto dot = [&](uint64_t local) __attribute__((always_inline)) {
+            const float* from = x + local * kRow;
+            vfloat m = d[0] * load(from);
+            for (int v = 1; v < kVectors; ++v) m = fma(d[v], load(from + v * VLEN), m);
+            return m;
+        };
+        const auto add = [&](vquad sum) __attribute__((always_inline)) {
+            *reinterpret_cast<vquad*>(sums) += sum;
+            sums += 4;
+        };
+        int32_t left = runs[i].count;
+        for (; left >= 4; left -= 4) {
+            const uint64_t word = columns.quad();
+            const vfloat m0 = dot(SK_COLUMN(word, 0)), m1 = dot(SK_COLUMN(word, 1));
+            const vfloat m2 = dot(SK_COLUMN(word, 2)), m3 = dot(SK_COLUMN(word, 3));
+            add(reduce4(m0, m1, m2, m3));
+        }
+        if (left > 0) {
+            const uint64_t word = columns.quad();
+            const vfloat m0 = dot(SK_COLUMN(word, 0));
+            vfloat m1 = zero(), m2 = zero();
+            if (left > 1) m1 = dot(SK_COLUMN(word, 1));
+            if (left > 2) m2 = dot(SK_COLUMN(word, 2));
+            add(reduce4(m0, m1, m2, zero()));
+        }
+    }
+}
+
+// The rows past the last position are left out: there X may hold what no position reads, and 0 * inf is not 0. Parts of
+// 8, 4, 2 and 1 rows make up any number of them.
+template <int Width, int Part>
+SK_INLINE void sddmm_rows(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
+                          int from, int end, float* sums) {
+    if constexpr (Part <= Width && Part <= part_of(Width))
+        for (; from + Part <= end; from += Part)
+            sddmm_part<Width, Part>(runs, count, locals, x + from, dy + from, sums);
+    if constexpr (Part > kRow) sddmm_rows<Width, Part / 2>(runs, count, locals, x, dy, from, end, sums);
+}
+
+static void sddmm_tile(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
+                       int64_t height, int64_t live, float* sums) {
+    const int end = static_cast<int>(live) * kRow;
+    if (height == 8) sddmm_rows<8 * kRow, 8 * kRow>(runs, count, locals, x, dy, 0, end, sums);
+    if (height == 4) sddmm_rows<4 * kRow, 4 * kRow>(runs, count, locals, x, dy, 0, end, sums);
+    if (height == 2) sddmm_rows<2 * kRow, 2 * kRow>(runs, count, locals, x, dy, 0, end, sums);
+    if (height == 1) sddmm_rows<1 * kRow, 1 * kRow>(runs, count, locals, x, dy, 0, end, sums);
+}
+
+extern const ConvUnstructuredTable conv_unstructured_table;
+const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, spmm_tile, sddmm_tile};
+
+}  // namespace sk::SK_ISA

@@ -1,0 +1,110 @@
+"""The convolution primitives of the `cpu` backend for 1x1 blocks: calls of csrc/cpu/conv_unstructured.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from .._native import native
+from ..topology import Topology, WeightIndex
+from ._cpu_launch import check, launch, native_index, workspace
+from .reference import memory_format
+from .registry import ConvGeometry
+
+BUFFERS = ("by_row", "by_col")
+
+
+class RunsDeriver:
+    """Where each tile's part of each row (column) starts at each tap, and the rows of each tile, longest part first.
+
+    4 bytes for each row and tap of a chunk of some 60 channels and as much for each row of a tile, in the orientations
+    `by_row` and `by_col`.
+    """
+
+    name = "cpu"
+    device_type = "cpu"
+
+    def capacity(self, topology: Topology) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        w, taps = native_index(topology.weight_index()), topology.taps
+        return {
+            name: ((native().conv_unstructured_runs_ints(w, taps, name == "by_col"),), torch.int32) for name in BUFFERS
+        }
+
+    def fill(self, topology: Topology, buffers: Mapping[str, Tensor]) -> None:
+        lib, w, taps = native(), native_index(topology.weight_index()), topology.taps
+        for name in BUFFERS:
+            transposed = name == "by_col"
+            space = workspace(lib.conv_unstructured_derive_workspace_bytes(w, taps, transposed))
+            status = lib.conv_unstructured_derive(w, taps, transposed, buffers[name].data_ptr(), space.data_ptr())
+            check(status, "conv_unstructured_derive")
+
+
+def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
+    """`Y [N, out, H', W'] = gather(X) · Wᵀ + bias`, in the memory format of x."""
+    w, shape, runs = native_index(index), conv_shape(x, conv), _runs(index, "by_row")
+    size = [x.shape[0], index.out, *conv.output_size(x.shape[2], x.shape[3])]
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    launch("conv_unstructured_spmm", (w, shape), w, runs, values, shape, x, strides(x), bias, y, strides(y))
+    return y
+
+
+def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
+    """`dX = scatter(dY · W)` in the shape and memory format of `x_like`."""
+    w, shape, runs = native_index(index), conv_shape(x_like, conv), _runs(index, "by_col")
+    dx = torch.empty_like(x_like, memory_format=memory_format(x_like))
+    launch("conv_unstructured_spmm_t", (w, shape), w, runs, values, shape, dy, strides(dy), dx, strides(dx))
+    return dx
+
+
+def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
+    """`dW [nnz, 1, 1] = dYᵀ · gather(X)` at the active positions."""
+    w, shape, runs = native_index(index), conv_shape(x, conv), _runs(index, "by_row")
+    dvalues = x.new_empty(index.nnzb, 1, 1)
+    launch("conv_unstructured_sddmm", (w, shape), w, runs, shape, dy, strides(dy), x, strides(x), dvalues)
+    return dvalues
+
+
+def block_scores(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
+    """Squares of all elements of `dYᵀ · gather(X)`, `[out, taps * in]`: every one is wanted, so the dense library's
+    weight gradient is the fastest kernel there is."""
+    shape = [index.out, index.in_, *conv.kernel]
+    grad = conv2d_weight(x, shape, dy, conv.stride, conv.padding, conv.dilation)
+    return grad.permute(0, 2, 3, 1).reshape(index.out, index.taps * index.in_).square_()
+
+
+def conv_shape(x: Tensor, conv: ConvGeometry) -> Any:
+    """The `ConvShape` of csrc/api.h for an input like `x [N, C, H, W]`."""
+    height, width = x.shape[2:]
+    return native().ConvShape(
+        x.shape[0],
+        height,
+        width,
+        *conv.output_size(height, width),
+        *conv.kernel,
+        *conv.stride,
+        *conv.padding,
+        *conv.dilation,
+    )
+
+
+def strides(image: Tensor) -> Any:
+    """The `ImageStrides` of csrc/api.h."""
+    return native().ImageStrides(*image.stride())
+
+
+def _runs(index: WeightIndex, name: str) -> Tensor:
+    """One orientation of the derived index.
+
+    Raises:
+        ValueError: where the topology has none: a forward never derives.
+    """
+    if not index.derived:
+        raise ValueError(
+            "conv2d: backend 'cpu' reads a derived index that this unstructured topology does not have; call "
+            "topology.attach(backends.get('cpu').deriver('conv', pattern)) once, as layers do."
+        )
+    return index.derived[BUFFERS.index(name)]
