@@ -24,7 +24,7 @@ demo: $(VENV)/.stamp-base
 test: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses=8 $(ARGS)
 
-bench: $(VENV)/.stamp-base
+bench: $(VENV)/.stamp-bench
 	$(BIN)/python -m bench run $(ARGS)
 
 report: $(VENV)/.stamp-base

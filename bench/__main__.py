@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -75,22 +75,26 @@ def run(arguments: Sequence[str]) -> int:
     counts = {"rows": 0, "met": 0, "MISSED": 0, "forbidden": 0}
     failures: list[str] = []
     for threads in options.threads:
-        torch.set_num_threads(threads)
-        print(f"\n{threads} thread(s): measured fp32 peak {peak_gflops(threads):.0f} GFLOP/s")
-        for case, problem in chosen:
+        print(f"{threads} thread(s): measured fp32 peak {peak_gflops(threads):.0f} GFLOP/s", flush=True)
+    for case, problem in chosen:
+        named: dict[str, str] = {}
+        print()
+        for threads in options.threads:
+            torch.set_num_threads(threads)
             outcome = measure_problem(case, problem, seconds=seconds)
             if outcome.rows:
-                print(f"\n{table(outcome.rows)}", flush=True)
+                print(table(outcome.rows), flush=True)
                 counts["rows"] += len(outcome.rows)
                 for row in outcome.rows:
-                    counts[row.verdict or "rows"] += bool(row.verdict)
+                    if row.verdict:
+                        counts[row.verdict] += 1
                 if out is not None:
                     write(outcome.rows, out)
-            for name, reason in outcome.named.items():
-                print(f"  {name} does not take part: {reason}")
+            named.update(outcome.named)
             for name, reason in outcome.failures.items():
                 failures.append(f"{case.name}/{problem.name} {name}, {threads} thread(s): {reason}")
                 print(f"  FAILED {failures[-1]}", flush=True)
+        print(_reasons(named), end="", flush=True)
     print(
         f"\n{counts['rows']} rows in {time.perf_counter() - begun:.0f} s; goals: {counts['met']} met, "
         f"{counts['MISSED']} missed, {counts['forbidden']} forbidden by the roofline"
@@ -99,6 +103,15 @@ def run(arguments: Sequence[str]) -> int:
     for failure in failures:
         print(f"FAILED {failure}")
     return int(bool(failures))
+
+
+def _reasons(named: Mapping[str, str]) -> str:
+    """Who did not take part, a line for each peer and reason, from "peer, variant" and its reason."""
+    variants: dict[tuple[str, str], list[str]] = {}
+    for name, reason in named.items():
+        peer, _, variant = name.partition(", ")
+        variants.setdefault((peer, reason), []).append(variant)
+    return "".join(f"  {peer} not in {', '.join(of)}: {reason}\n" for (peer, reason), of in variants.items())
 
 
 def compare(arguments: Sequence[str]) -> int:

@@ -57,14 +57,15 @@ class Job:
     def op(self) -> str:
         return "linear" if self.weight.dim() == 2 else "conv"
 
+    def dense(self) -> Tensor:
+        """y, computed densely."""
+        if self.op == "linear":
+            return torch.nn.functional.linear(self.x, self.weight)
+        return torch.nn.functional.conv2d(self.x, self.weight, padding=self.padding)
+
     @property
     def block(self) -> Block:
         return parse_pattern(self.pattern)
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What peers tell jobs apart by, beside the shape."""
-        return self.op, self.pattern, self.passes
 
 
 # What a peer returns: y, and for training dX and dW (dense, or its values in row-major order of the nonzeros).
@@ -127,13 +128,10 @@ def _check(job: Job, name: str, results: Results) -> None:
 
 
 def _expected(job: Job) -> Results:
-    x, weight = job.x.detach().requires_grad_(), job.weight.detach().requires_grad_()
-    if job.op == "linear":
-        y = torch.nn.functional.linear(x, weight)
-    else:
-        y = torch.nn.functional.conv2d(x, weight, padding=job.padding)
     if job.passes == FORWARD:
-        return (y.detach(),)
+        return (job.dense(),)
+    x, weight = job.x.detach().requires_grad_(), job.weight.detach().requires_grad_()
+    y = dataclasses.replace(job, x=x, weight=weight).dense()
     return (y.detach(), *torch.autograd.grad(y, (x, weight), job.dy))
 
 

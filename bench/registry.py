@@ -57,8 +57,9 @@ class Ours:
         density: the true one of the built topology.
         run: the timed work. check: raises `Wrong` where a result is not the dense one's.
         flops: of the nonzeros. moved: bytes that any implementation must read or write. footprint: of the operands.
+        limit_mib: what a call may allocate; a row of its own holds it against that.
         peers: public implementations of the same work, by name, already checked.
-        extra: goes into the row.
+        extra, note: go into the row.
     """
 
     variant: Variant
@@ -68,6 +69,7 @@ class Ours:
     flops: float | None = None
     moved: float | None = None
     footprint: float | None = None
+    limit_mib: float | None = None
     peers: Mapping[str, Callable[[], Any]] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
@@ -83,7 +85,7 @@ class Prepared:
         measure: takes the seconds that it may use and returns samples by name, in place of interleaved timing: ours
             under the variant's name, a rival under its own, or under both names with a space between where every
             variant has a rival of its own. unit: of those samples.
-        named: what did not take part and why: peers that do not serve this.
+        named: peers that do not take part, as "peer, variant", and why.
     """
 
     dense: Mapping[str, Callable[[], Any]]

@@ -70,12 +70,16 @@ def limits(
     )
 
 
-@functools.cache
 def peak_gflops(threads: int, dtype: str = "float32") -> float:
-    """The machine's multiply-add rate: the best of five short runs, measured once a process and thread count.
+    """The machine's multiply-add rate with our instruction set: the best of five short runs, measured once a process.
 
     In bf16 it is the best that torch's matrix product reaches, but at least the fp32 rate: a kernel may convert.
     """
+    return _peak_gflops(threads, dtype, _native.native().isa_name())
+
+
+@functools.cache
+def _peak_gflops(threads: int, dtype: str, isa: str) -> float:
     module = _native.native()
     rate = max(module.peak_fma_gflops(0.1, threads) for _ in range(5))
     if dtype == "bfloat16":

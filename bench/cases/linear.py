@@ -85,7 +85,7 @@ def prepare(positions: int, size: int, with_peers: bool, variants: tuple[Variant
         if with_peers:
             job = peers.Job(variant.pattern, peers.TRAINING, layer.dense_weight().detach(), x.detach(), dy)
             others, reasons = peers.contenders(job)
-            named.update({f"{name}, {variant.pattern}": reason for name, reason in reasons.items()})
+            named.update({f"{name}, {variant.name}": reason for name, reason in reasons.items()})
         ours[variant] = sparse_step(variant, layer, x_ours, dy)
         ours[variant].peers = others
     return Prepared({"D1": d1, "D2": d2}, rivals, ours, named=named)

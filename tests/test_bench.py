@@ -1,0 +1,216 @@
+"""The benchmark harness end to end on tiny problems: list, run, compare, report; and that it refuses wrong results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench/ is not a part of the installed packages
+
+from bench import __main__ as cli  # noqa: E402
+from bench import compare, harness, peers, registry, report, roofline, rows  # noqa: E402
+from bench.cases import linear  # noqa: E402
+from sparse_kernels import backends  # noqa: E402
+
+VARIANTS = (
+    registry.Variant("block:16x16", 0.5, {"D2": 1e-6}),
+    registry.Variant("unstructured", 0.75, {"D2": 1e9}),
+)
+
+
+@pytest.fixture
+def tiny() -> Iterator[registry.Case]:
+    """A registered case of one small linear layer: one goal that anything meets, one that nothing can."""
+    registry.all_cases()
+    problem = registry.Problem("P=48 K=64", VARIANTS, partial(linear.prepare, 48, 64, True), quick=True)
+    case = registry.register(registry.Case("tiny", "a test", (problem,)))
+    yield case
+    del registry._CASES["tiny"]
+
+
+def run(*arguments: str) -> int:
+    return cli.main(["run", "tiny", "--threads", "1", "--quick", "--seconds", "0.01", *arguments])
+
+
+def test_list_names_cases_variants_and_absent_peers(tiny, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert cli.main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert "tiny/P=48 K=64 (quick): block:16x16 S=0.5; unstructured S=0.75" in text
+    for case in ("conv", "gru", "linear", "bf16", "scores", "regrow", "memory", "step", "forward"):
+        assert f"\n{case}: " in f"\n{text}"
+    assert "stk: CUDA only" in text and "scipy.sparse: present" in text
+
+
+def test_run_writes_rows_with_everything_a_reader_needs(tiny, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "rows.jsonl"
+    assert run("--out", str(out)) == 0
+    text = capsys.readouterr().out
+    measured = rows.read(out)
+    dense = [row for row in measured if not row.rival.startswith("peer ")]
+    assert [(row.pattern, row.rival.split()[0]) for row in dense] == [
+        ("block:16x16", "D1"), ("block:16x16", "D2"), ("unstructured", "D1"), ("unstructured", "D2"),
+    ]  # fmt: skip
+    assert any(row.rival == "peer torch CSR (MKL)" for row in measured)
+    for row in measured:
+        assert row.density == {"block:16x16": 0.5, "unstructured": 0.25}[row.pattern]
+        assert row.efficiency == pytest.approx(row.density * row.speedup, abs=2e-3)
+        assert row.speedup_p20 <= row.speedup <= row.speedup_p80 and row.ours_p20 <= row.ours_ms * 1.001
+        assert row.flops == 3 * 2.0 * 48 * 64 * 64 * row.density
+        assert row.roofline == pytest.approx(min(row.roofline_compute, row.roofline_memory), rel=0.01)
+        assert row.rounds >= 3 and row.threads == 1
+        assert {"cpu", "isa", "torch", "commit", "date"} <= set(row.machine)
+    met, impossible = (next(row for row in dense if row.goal == goal) for goal in (1e-6, 1e9))
+    assert met.verdict == "met" and not met.forbidden
+    assert impossible.verdict == "forbidden" and "take" in impossible.forbidden and impossible.forbidden in text
+    assert "1 met, 0 missed, 1 forbidden" in text
+    assert "scipy.sparse not in block:16x16 S=0.5, unstructured S=0.75: scipy.sparse has no product" in text
+
+
+def test_filters(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "rows.jsonl"
+    assert run("--pattern", "unstructured", "--out", str(out)) == 0
+    assert {row.pattern for row in rows.read(out)} == {"unstructured"}
+    chosen = registry.select(["tiny/P=*", "gru"], sparsities=[0.5])
+    assert {case.name for case, _ in chosen} == {"tiny", "gru"}
+    assert all(variant.sparsity == 0.5 for _, problem in chosen for variant in problem.variants)
+    with pytest.raises(ValueError, match="no case or problem fits nothing"):
+        registry.select(["tiny", "nothing"])
+    with pytest.raises(ValueError, match="no variant"):
+        registry.select(["tiny"], sparsities=[0.123])
+
+
+@pytest.mark.parametrize("what", ["spmm", "product_backward"])
+def test_a_wrong_kernel_fails_the_case_and_has_no_speedup(what, tiny, tmp_path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    backend = backends.get("cpu")
+    right = getattr(backend, what)
+
+    def wrong(*args, **kwargs):  # type: ignore[no-untyped-def]
+        result = right(*args, **kwargs)
+        if args[3 if what == "product_backward" else 2].pattern.area > 1:
+            one = result if isinstance(result, torch.Tensor) else result[1]
+            one.view(-1)[one.numel() // 2] += 0.1
+        return result
+
+    monkeypatch.setattr(backend, what, wrong)
+    out = tmp_path / "rows.jsonl"
+    assert run("--out", str(out)) == 1
+    assert {row.pattern for row in rows.read(out)} == {"unstructured"}
+    text = capsys.readouterr().out
+    assert re.search(r"FAILED tiny/P=48 K=64 block:16x16 S=0.5, 1 thread\(s\): wrong result: linear .* is off by", text)
+
+
+def test_rows_survive_the_file_and_old_ones_are_read(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    row = example(1.5)
+    path = tmp_path / "rows.jsonl"
+    rows.write([row], path)
+    assert rows.read(path) == [row]
+    old = {"case": "linear", "shape": "P=1 K=1", "pattern": "unstructured", "sparsity": 0.5, "density": 0.5,
+           "threads": 1, "rival": "D1 F.linear", "ours_ms": 1.0, "rival_ms": 2.0, "speedup": 2.0, "speedup_p20": 1.9,
+           "speedup_p80": 2.1, "efficiency": 1.0, "later": 7}  # fmt: skip
+    path.write_text(json.dumps(old) + "\n")
+    (read,) = rows.read(path)
+    assert (read.unit, read.passes, read.extra, read.verdict) == ("ms", "forward + backward", {"later": 7}, "")
+    path.write_text(json.dumps(old) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2 is not a row"):
+        rows.read(path)
+    for committed in rows.RESULTS.glob("*.jsonl"):
+        assert rows.read(committed)
+
+
+def example(speedup: float, spread: float = 0.1, **changes: object) -> rows.Row:
+    row = rows.Row(
+        "linear", "P=1 K=1", "block:16x16", 0.5, 0.5, 1, "D2 packed", 1.0, speedup, speedup, speedup - spread,
+        speedup + spread, 0.5 * speedup, machine={"cpu": "x", "isa": "avx2", "commit": "aaa", "date": "2026-01-01"},
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_compare_flags_what_lies_beyond_noise(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    after = {"cpu": "x", "isa": "avx2", "commit": "bbb", "date": "2026-01-02"}
+    before = [example(2.0), example(2.0, shape="noisy"), example(2.0, shape="better"), example(1.0, shape="gone")]
+    later = [
+        example(1.7, machine=after, rival="D2 padded"),
+        example(1.9, shape="noisy", machine=after),
+        example(3.0, shape="better", machine=after),
+    ]
+    one, two = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    rows.write(before, one)
+    rows.write([*before, *later], two)
+    assert cli.main(["compare", str(one), f"{two}@bbb"]) == 1
+    text = capsys.readouterr().out
+    assert [line.split()[0] for line in text.splitlines()] == ["regression", "improvement", "3"]
+    assert "1 regressions and 1 improvements" in text and "only in A: 1, only in B: 0" in text
+    # Within one file, the newest row of a key counts.
+    assert compare.load(str(two))[later[0].key].speedup == 1.7
+    assert cli.main(["compare", f"{two}@bbb", f"{two}@bbb"]) == 0
+    for nonsense in ("ccc", "missing.jsonl", f"{two}@ccc"):
+        with pytest.raises(SystemExit):
+            cli.main(["compare", nonsense, str(two)])
+
+
+def test_report_shows_losses_goals_and_peers(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "rows.jsonl"
+    made = [
+        example(0.5, sparsity=0.75, goal=1.0, met=False, forbidden="1x means <too little>"),
+        example(2.0, goal=1.0, met=True),
+        example(3.0, rival="peer SparseProp", note="the peer is 0.67x as fast as dense"),
+        example(4.0, shape="kept", unit="KiB"),
+    ]
+    rows.write(made, path)
+    page = report.write_report([path], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "0.50x (slower)" in page and "1x means &lt;too little&gt;" in page and "1 are met" in page
+    assert page.count("data:image/svg+xml") == 2 and "http" not in re.sub(r"data:[^']*", "", page)
+    assert "SparseProp" in page and "cuSPARSELt" in page
+    with pytest.raises(ValueError, match="no rows"):
+        report.report_html([])
+
+
+def test_seldom_functions_take_part_in_fewer_rounds_but_enough() -> None:
+    calls = {"often": 0, "seldom": 0}
+
+    def count(name: str, work: int) -> None:
+        calls[name] += 1
+        sum(range(work))
+
+    functions = {"often": partial(count, "often", 1000), "seldom": partial(count, "seldom", 400_000)}
+    samples = harness.interleave(functions, seconds=5, fewest=3, most=12, seldom=["seldom"], shortest_ms=0)
+    assert len(samples["often"]) == 12 and 3 <= len(samples["seldom"]) < 12
+    assert set(samples["seldom"]) < set(samples["often"])
+
+
+def test_allocated_memory_and_the_roofline() -> None:
+    assert harness.allocated_mib(lambda: torch.ones(2**19).add_(1)) == pytest.approx(2.0, abs=0.01)
+    limit = roofline.Limits(2.0, 3.0, 100.0, 10.0, 2e8, 3e7)
+    assert limit.forbids(4.0, 16.0) == ""
+    assert "30 MB at the measured 10 GB/s take 3 ms (ceiling 5.33x)" in limit.forbids(6.0, 16.0)
+    assert "0.2 GFLOP at the measured 100 GFLOP/s" in limit.forbids(9.0, 16.0)
+
+
+def test_a_peer_that_computes_wrongly_is_named_and_not_timed(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    x, weight = torch.randn(8, 4), torch.randn(6, 4)
+    job = peers.Job("unstructured", peers.FORWARD, weight, x, torch.randn(8, 6))
+    wrong = peers.Peer("wrong", "torch", "", lambda job: None, lambda job: lambda: (job.dense() * 1.1,))
+    right = peers.Peer("right", "torch", "", lambda job: None, lambda job: lambda: (job.dense(),))
+    absent = peers.Peer("absent", "no_such_package", "pip install it", lambda job: None, lambda job: lambda: ())
+    monkeypatch.setattr(peers, "PEERS", (wrong, right, absent))
+    functions, reasons = peers.contenders(job)
+    assert list(functions) == ["right"]
+    assert "is off by 0.1" in reasons["wrong"] and "not installed: pip install it" in reasons["absent"]
+
+
+def test_pytest_runs_the_cases() -> None:
+    """`pytest bench/` knows every quick problem, and one of them passes."""
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench"), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    chosen = "test_ours and scores and linear and block and 32x32"
+    done = subprocess.run([*command, "-k", chosen], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
