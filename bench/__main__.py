@@ -25,6 +25,9 @@ from bench.roofline import peak_gflops
 from bench.rows import RESULTS, default_file, machine, table, write
 from sparse_kernels import _native
 
+# What a problem takes as a whole, as a multiple of its timed rounds: building, checking and warming up are the rest.
+UNTIMED = 2.0
+
 
 def list_(arguments: Sequence[str]) -> int:
     """Prints every case with its problems and variants, and the peers."""
@@ -54,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[], help="only these sparsities")
     parser.add_argument("--quick", action="store_true", help="one shape of each case and few rounds")
     parser.add_argument("--seconds", type=float, help="of timed rounds for each problem and thread count")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the whole run: behind schedule, what is left "
+                        "gets fewer rounds (at least three)")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON lines to append to; default: none for --quick, else the file of "
                         "this machine in bench/results/")  # fmt: skip
     options = parser.parse_args(arguments)
@@ -76,12 +81,16 @@ def run(arguments: Sequence[str]) -> int:
     failures: list[str] = []
     for threads in options.threads:
         print(f"{threads} thread(s): measured fp32 peak {peak_gflops(threads):.0f} GFLOP/s", flush=True)
+    planned = sum(problem.seconds for _, problem in chosen) * len(options.threads)
     for case, problem in chosen:
         named: dict[str, str] = {}
         print()
         for threads in options.threads:
             torch.set_num_threads(threads)
-            outcome = measure_problem(case, problem, seconds=seconds)
+            left = options.minutes * 60 - (time.perf_counter() - begun)
+            share = problem.seconds * min(1.0, max(0.0, left) / (UNTIMED * planned))
+            planned -= problem.seconds
+            outcome = measure_problem(case, problem, seconds=share if seconds is None else seconds)
             if outcome.rows:
                 print(table(outcome.rows), flush=True)
                 counts["rows"] += len(outcome.rows)

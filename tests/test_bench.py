@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not a part of the installed packages
 
 from bench import __main__ as cli  # noqa: E402
-from bench import compare, harness, peers, registry, report, roofline, rows  # noqa: E402
+from bench import compare, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
 from bench.cases import linear  # noqa: E402
 from sparse_kernels import backends  # noqa: E402
 
@@ -173,6 +173,26 @@ def test_report_shows_losses_goals_and_peers(tmp_path) -> None:  # type: ignore[
     assert "SparseProp" in page and "cuSPARSELt" in page
     with pytest.raises(ValueError, match="no rows"):
         report.report_html([])
+
+
+def test_readme_has_the_lines_that_rows_exist_for(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    made = [
+        example(speedup, case=case, shape=shape, pattern="block:32x32", rival=rival, sparsity=s, threads=2,
+                machine={"cpu": "x", "isa": isa, "torch": "2", "date": "2026-01-01"})
+        for case, shape, rival, s, speedup, isa in (
+            ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.5, 2.04, "avx512"),
+            ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.9, 7.96, "avx512"),
+            ("bf16", "linear P=4096 K=1024", "D1 torch bf16", 0.75, 3.5, "avx512"),
+            ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.5, 1.0, "avx2"),
+        )
+    ]  # fmt: skip
+    rows.write(made, tmp_path / "cpu-x.jsonl")
+    text = readme.section(folder=tmp_path)
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [line.split(" | ", 1)[1] for line in lines] == ["– | 2.0x | – | 8.0x |", "– | – | 3.5x | – |"]
+    assert "forward, bf16" in text and "Median speedup over dense on x, 2 threads, avx512, torch 2." in text
+    with pytest.raises(SystemExit, match="no row of any line"):
+        readme.section(folder=tmp_path / "none")
 
 
 def test_seldom_functions_take_part_in_fewer_rounds_but_enough() -> None:
