@@ -29,16 +29,10 @@ TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 def panel_of(row: Row) -> str:
-    """Which plot a row belongs to: its case (a convolution's kernel too), and what is not fp32 training."""
-    name = row.case
-    kernel = re.match(r"\d+x\d+(?= )", row.shape)
-    if kernel and not name.endswith(kernel[0]):
-        name = f"{name} {kernel[0]}"
-    if row.dtype != "float32":
-        name += f", {row.dtype}"
-    if row.passes != "forward + backward":
-        name += f", {row.passes}"
-    return name
+    """Which plot a row belongs to: its case, with the kind of layer where a case has several ("conv 3x3")."""
+    kind = re.match(r"((linear|conv|conv1d) )?(\d+x\d+ )?", row.shape)
+    assert kind is not None  # it matches nothing at least
+    return f"{row.case} {kind[0]}".strip()
 
 
 def strongest(rows: Sequence[Row]) -> list[Row]:

@@ -246,7 +246,7 @@ def _gallery(rows: Sequence[Row], draw: Callable[[str, Sequence[Row]], str], *, 
     """A plot for each case and thread count with at least so many sparsities; only of times."""
     timed = [row for row in strongest(rows) if row.unit == "ms"]
     figures = []
-    for name, own in _grouped(timed, lambda row: f"{panel_of(row)}|{row.threads}").items():
+    for name, own in sorted(_grouped(timed, lambda row: f"{panel_of(row)}|{row.threads}").items()):
         if len({row.sparsity for row in own}) < least_levels:
             continue
         panel, threads = name.split("|")
