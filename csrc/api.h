@@ -39,6 +39,19 @@ int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
 // at a time instead of faulting every 4 KiB. Only a hint.
 void advise_huge_pages(void* buffer, int64_t bytes);
 
+// Where element (o, t, i) of a dense weight [out, taps, in] lies: at o * out_stride + t * tap_stride + i * in_stride.
+// The weight is one contiguous piece of memory; in elements.
+struct DenseLayout {
+    int64_t taps, out_stride, tap_stride, in_stride;
+};
+
+// The dense weight of values [nnzb, bh, bw], absent blocks zero; and the active blocks of a dense weight, padding zero.
+// w.in counts the inputs of one tap. Elements have 2, 4 or 8 bytes.
+int densify(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* values, void* dense,
+            int64_t threads);
+int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* dense, void* values,
+                  int64_t threads);
+
 // Block-CSR linear, fp32, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any
 // row stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
 // the padding of dvalues as zero, and do not depend on what they or the workspace held. Results repeat bit for bit;

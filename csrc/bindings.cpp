@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
              py::arg("n"), py::arg("c"), py::arg("h"), py::arg("w"));
 
     bind_cpu(m);
+    bind_densify(m);
     bind_linear_block(m);
     bind_linear_unstructured(m);
     bind_conv_unstructured(m);

@@ -23,6 +23,7 @@ inline T* ptr(addr address) {
 using no_gil = py::call_guard<py::gil_scoped_release>;
 
 void bind_cpu(py::module_& m);
+void bind_densify(py::module_& m);
 void bind_linear_block(py::module_& m);
 void bind_linear_unstructured(py::module_& m);
 void bind_conv_unstructured(py::module_& m);
