@@ -12,6 +12,7 @@ from .nn import (
     SparseLinear,
     SparseWeight,
     densify,
+    replan,
     sparse_weights,
     sparsify,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "allocate",
     "densify",
     "parse_pattern",
+    "replan",
     "sparse_weights",
     "sparsify",
 ]

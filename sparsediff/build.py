@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import Block
-from sparse_kernels.nn import Plan, SparseConv1d, SparseConv2d, SparseGRU, SparseLinear, sparsify
+from sparse_kernels.nn import Plan, SparseConv1d, SparseConv2d, SparseGRU, SparseLinear, replan, sparsify
 from sparsediff import checkpoint as checkpoints
+from sparsediff.datasets import Batch
 from sparsediff.diffusion import SCHEDULES, Diffusion
 from sparsediff.methods import METHODS
 from sparsediff.models import MODELS
@@ -77,9 +78,40 @@ def build_model(config: TrainConfig, generator: torch.Generator | None = None) -
         allocation=config.allocation,
         rescale=config.rescale,
         generator=generator,
-        example_inputs=model.example_inputs() if config.allocation == "flops" else None,
+        plan=plan_mode(config),
+        example_inputs=model.example_inputs(config.batch_size),
     )
     return model, plan
+
+
+def plan_mode(config: TrainConfig) -> str | Plan:
+    """How layers are planned before there is a batch: as the settings say, by the cost table where they say "measure".
+
+    Raises:
+        ValueError, OSError: the setting names a file that is no plan.
+    """
+    if config.plan in ("auto", "off"):
+        return config.plan
+    return "auto" if config.plan == "measure" else Plan.load(config.plan)
+
+
+def plan_execution(model: nn.Module, plan: Plan, config: TrainConfig, batch: Batch, *, saved: bool = False) -> Plan:
+    """Plans the layers of a run on its own device: of a fresh run by measuring, if so set; of a resumed one as saved.
+
+    Args:
+        model: on its device. plan: what `build_model` returned, or what the checkpoint holds.
+        config: the settings. batch: the first one. saved: whether the plan is a checkpoint's.
+    """
+    device = next(model.parameters()).device
+    here = plan.device == device.type
+    if saved and here:
+        return replan(model, plan, plan)
+    mode = "measure" if config.plan == "measure" else plan_mode(config)
+    if mode != "measure" and here:
+        return plan  # made by `build_model`
+    batch = batch.to(device)
+    t = torch.zeros(len(batch.x), dtype=torch.long, device=device)
+    return replan(model, plan, mode, example_inputs=(batch.x, t, batch.lengths))
 
 
 def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor]) -> nn.Module:

@@ -97,6 +97,9 @@ class TrainConfig:
     """unstructured, or block:HxW with sides of 1, 4, 8, 16, 32, 64."""
     allocation: Literal["erk", "uniform", "flops"] = "erk"
     """How S is spread over the layers."""
+    plan: str = "auto"
+    """Which layers run the sparse kernel and which the dense library: auto (the cost table of this kind of machine),
+    measure (times both on the first batch), off (every sparse kernel there is), or the path of a run's plan.json."""
     rescale: bool = False
     """Widen the initial weights by 1/sqrt(density), for the fan-in that is lost."""
     every: int = 800

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sparse_kernels.nn import Plan
 from sparsediff.files import write_atomically
 from sparsediff.rendering import grid
 
@@ -298,13 +299,17 @@ def topology_html(result: Result) -> str:
 
 def plan_html(plan: dict[str, Any]) -> str:
     """The table of `sparsify`: every weight, what became of it and why."""
-    rows: list[tuple[str, ...]] = [("layer", "shape", "pattern", "sparsity", "nonzeros", "execution", "reason")]
+    rows: list[tuple[str, ...]] = [
+        ("layer", "shape", "pattern", "sparsity", "nonzeros", "execution", "speedup", "reason")
+    ]
     for row in plan["rows"]:
         shape = "x".join(map(str, row["shape"]))
         numbers = (f"{row['sparsity']:.3f}", f"{row['nonzeros']:,}")
-        rows.append((row["layer"], shape, row["pattern"], *numbers, row["execution"], row["reason"]))
-    rows.append(("total", f"{plan['numel']:,}", "", f"{plan['sparsity']:.3f}", f"{plan['nonzeros']:,}", "", ""))
-    return _table(rows)
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.1f}x"
+        rows.append((row["layer"], shape, row["pattern"], *numbers, row["execution"], speedup, row["reason"]))
+    rows.append(("total", f"{plan['numel']:,}", "", f"{plan['sparsity']:.3f}", f"{plan['nonzeros']:,}", "", "", ""))
+    foreseen = "".join(f"<p>Predicted: {line}.</p>" for line in Plan.from_json(plan).prediction())
+    return _table(rows) + foreseen
 
 
 # Pictures

@@ -23,8 +23,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from sparse_kernels.nn import Plan
 from sparsediff import checkpoint, methods
-from sparsediff.build import build_diffusion, build_model, device_of, draw, rebuild_model
+from sparsediff.build import build_diffusion, build_model, device_of, draw, plan_execution, rebuild_model
 from sparsediff.datasets import Batches, StrokeData, load
 from sparsediff.ema import EMA
 from sparsediff.files import write_atomically
@@ -74,11 +75,14 @@ class Run:
         self.plan: dict[str, Any] | None  # what became of every layer, as `sparse_kernels.nn.Plan.to_json` says it
         if saved is None:
             self.model, plan = build_model(config, self.generators["topology"])
-            self.plan = plan.to_json() if plan is not None else None
         else:
             self._check(saved)
-            self.model, self.plan = rebuild_model(config, saved.model), saved.state["plan"]
+            self.model = rebuild_model(config, saved.model)
+            plan = None if saved.state["plan"] is None else Plan.from_json(saved.state["plan"])
         self.model.to(self.device)
+        if plan is not None:
+            plan = plan_execution(self.model, plan, config, self.batches.peek(), saved=saved is not None)
+        self.plan = plan.to_json() if plan is not None else None
         self.diffusion = build_diffusion(config).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -287,6 +291,8 @@ def start(config: TrainConfig, data: StrokeData | None = None) -> int:
     run = Run(config, data, saved)
     print(run.summary() if saved is None else f"continuing {saved.path}", flush=True)
     write_atomically(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    if run.plan is not None:
+        write_atomically(out / "plan.json", json.dumps(run.plan, indent=1) + "\n")
     return train(run)
 
 
@@ -298,7 +304,12 @@ def describe(config: TrainConfig) -> str:
     model, plan = build_model(config, torch.Generator().manual_seed(stream_seed(config.seed, "topology")))
     stored = sum(p.numel() for p in model.parameters())
     lines = [f"{name:<{width}}  {value}" for name, value in settings.items()]
-    return "\n".join([*lines, "", f"{stored:,} parameters stored", *([str(plan)] if plan is not None else [])])
+    lines += ["", f"{stored:,} parameters stored"]
+    if plan is not None:
+        lines += [str(plan)]
+        if config.plan == "measure":
+            lines += ["before the first step the executions and times above are replaced by measured ones"]
+    return "\n".join(lines)
 
 
 def load_data(config: TrainConfig) -> StrokeData:

@@ -55,7 +55,8 @@ def test_dry_run_shows_the_plan(allocation: str, capsys: pytest.CaptureFixture[s
         allocation,
     ]
     assert cli.main(["train", "chirodiff-kanjivg", *options]) == 0
-    total = capsys.readouterr().out.splitlines()[-1].split()
+    lines = capsys.readouterr().out.splitlines()
+    total = next(line for line in lines if line.startswith("total")).split()
     assert total[:2] == ["total", "413,304"] and 0.749 < float(total[2]) < 0.751 and total[-1] == allocation
 
 

@@ -3,11 +3,13 @@
 from .conv import SparseConv1d, SparseConv2d
 from .gru import SparseGRU
 from .linear import SparseLinear
-from .plan import Plan, PlanRow
+from .plan import LayerPlan, Plan, PlanRow
+from .planning import replan
 from .surgery import densify, sparsify
 from .weights import SparseLayer, SparseWeight, sparse_weights
 
 __all__ = [
+    "LayerPlan",
     "Plan",
     "PlanRow",
     "SparseConv1d",
@@ -17,6 +19,7 @@ __all__ = [
     "SparseLinear",
     "SparseWeight",
     "densify",
+    "replan",
     "sparse_weights",
     "sparsify",
 ]

@@ -189,6 +189,9 @@ class SparseGRU(SparseLayer):
         for name in self.topologies:
             yield name, self.weights[name], cast(Topology, self.topologies[name])
 
+    def _dense_elements(self) -> int:
+        return sum(weight.numel() for name, weight in self.weights.items() if name not in self.topologies)
+
     def flatten_parameters(self) -> None:
         """Does nothing; here because code written for torch.nn.GRU calls it."""
 

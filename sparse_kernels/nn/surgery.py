@@ -17,8 +17,9 @@ from .gru import SparseGRU
 from .init import INITS
 from .linear import SparseLinear
 from .plan import DENSE, Plan, PlanRow
+from .planning import check_mode, replan
 from .survey import Exclude, Found, count_positions, survey
-from .weights import SPARSE_KERNEL, SparseLayer
+from .weights import SparseLayer
 
 TWINS: dict[type[nn.Module], Any] = {
     nn.Linear: SparseLinear,
@@ -57,6 +58,7 @@ def sparsify(
     init: str = "random",
     generator: torch.Generator | None = None,
     rescale: bool = False,
+    plan: str | Plan = "auto",
     example_inputs: Any = None,
 ) -> Plan:
     """Exchanges the linear, convolution and GRU layers of a model for sparse ones, in place.
@@ -83,8 +85,12 @@ def sparsify(
         generator: draws the topologies; torch's global one by default.
         rescale: multiplies the kept weights by `1/√density` of their tensor, which keeps the variance of a fresh
             layer's output. Off by default: an active weight keeps its value.
-        example_inputs: for `"flops"`: a tensor, a tuple of arguments or a dict of keyword arguments; the model runs
-            on them once, in eval mode, to count how often each weight is used.
+        plan: which form runs each layer: `"auto"` asks the cost table of this kind of machine, `"measure"` times the
+            forms on `example_inputs`, `"off"` runs the sparse kernel wherever there is one, a `Plan` is applied (see
+            `replan`, which decides anew, for example after a move to another device).
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, of the size that training will
+            have; the model runs on them to count how often each weight is used. `"flops"` and `"measure"` need them;
+            with `"auto"` they make the choice and the predicted speedups those of this size.
 
     Returns:
         The plan; `print(plan)` shows it as a table.
@@ -100,14 +106,23 @@ def sparsify(
         raise ValueError(f"sparsify: init must be one of {', '.join(INITS)}; got {init!r}.")
     if allocation not in allocations.METHODS:
         raise ValueError(f"sparsify: allocation must be one of {', '.join(allocations.METHODS)}; got {allocation!r}.")
+    check_mode("sparsify", plan, example_inputs)
     _check_model(model)
     excluded = (exclude,) if isinstance(exclude, (str, type, nn.Module)) else tuple(exclude)
     found = survey(model, block, excluded)
     counted = [item for item in found if item.spec is not None]
     if all(item.reason is not None for item in counted) and sparsity > 0.0:
         raise ValueError(f"sparsify: nothing in this {type(model).__name__} can be sparse. {_reasons(found)}")
-    if allocation == "flops":
-        counted = _with_positions(model, counted, example_inputs)
+    positions: dict[int, float] = {}
+    if example_inputs is not None:
+        modules = {id(item.module): item.module for item in counted}
+        positions = count_positions(model, modules.values(), example_inputs)
+    if allocation == "flops" and positions:  # without, the allocation names the first weight that lacks them
+        counted = [
+            replace(item, spec=replace(item.spec, positions=positions[id(item.module)]))
+            for item in counted
+            if item.spec
+        ]
     counts = allocations.allocate([item.spec for item in counted if item.spec], sparsity, block, allocation)
     share = {
         (id(item.module), item.weight): 1.0 - count / item.spec.blocks(block)
@@ -123,10 +138,11 @@ def sparsify(
             layer = _twin(module, block, share, init=init, generator=generator, rescale=rescale)
             _put(layer, module, places[id(module)])
             replaced[id(module)] = layer
-        rows.append(_row(item, replaced.get(id(module))))
+        rows.append(_row(item, replaced.get(id(module)), positions.get(id(module))))
     if replaced:
         _unfuse(model)
-    return Plan(tuple(rows), str(block), allocation, float(sparsity))
+    fresh = Plan(tuple(rows), str(block), allocation, float(sparsity))
+    return replan(model, fresh, plan, example_inputs=example_inputs)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -168,15 +184,6 @@ def _reasons(found: Sequence[Found]) -> str:
     return "; ".join(lines) or "It has no linear, convolution or GRU layer."
 
 
-def _with_positions(model: nn.Module, counted: list[Found], example_inputs: Any) -> list[Found]:
-    if example_inputs is None:
-        return counted  # the allocation names the first weight that lacks them, and the remedy
-    positions = count_positions(model, {id(item.module): item.module for item in counted}.values(), example_inputs)
-    return [
-        replace(item, spec=replace(item.spec, positions=positions[id(item.module)])) for item in counted if item.spec
-    ]
-
-
 def _twin(module: nn.Module, pattern: Block, share: dict[tuple[int, str], float], **options: Any) -> SparseLayer:
     kind = next(base for base in TWINS if isinstance(module, base))
     sparsity: Any = {weight: value for (owner, weight), value in share.items() if owner == id(module)}
@@ -214,7 +221,7 @@ def _unfuse(model: nn.Module) -> None:
                 setattr(module, attribute, value)
 
 
-def _row(item: Found, layer: SparseLayer | None) -> PlanRow:
+def _row(item: Found, layer: SparseLayer | None, positions: float | None) -> PlanRow:
     counted = item.spec is not None
     if layer is None and isinstance(item.module, SparseLayer):
         layer = item.module
@@ -222,10 +229,10 @@ def _row(item: Found, layer: SparseLayer | None) -> PlanRow:
     topologies = {name: topology for name, _, topology in layer.sparse_items()} if layer is not None else {}
     if layer is not None and key in topologies:
         topology = topologies[key]
-        reason = item.reason or ("" if layer.execution_reason == SPARSE_KERNEL else layer.execution_reason)
+        reason = item.reason or ""
         cut, sparsity, nonzeros = str(topology.pattern), topology.sparsity, topology.nnz
     else:
         reason = item.reason or "filled by the allocation"
         cut, sparsity, nonzeros = DENSE, 0.0, math.prod(item.shape)
     execution = DENSE if layer is None else layer.execution
-    return PlanRow(item.name, item.shape, cut, sparsity, nonzeros, execution, reason, counted)
+    return PlanRow(item.name, item.shape, cut, sparsity, nonzeros, execution, reason, counted, positions)

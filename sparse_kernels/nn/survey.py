@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import PackedSequence
 
 from ..allocation import WeightShape
 from ..patterns import Block
 from .conv import why_not_conv
+from .measure import call_model, positions_of
 from .weights import SparseLayer
 
 Exclude = str | type[nn.Module] | nn.Module
@@ -225,13 +225,7 @@ def count_positions(model: nn.Module, modules: Iterable[nn.Module], example_inpu
     counts: dict[int, float] = {}
 
     def hook(module: nn.Module, _: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) else output
-        y = y.data if isinstance(y, PackedSequence) else y
-        if isinstance(module, nn.GRU):
-            features = y.shape[-1]
-        else:
-            features = getattr(module, "out_features", None) or module.out_channels
-        counts[id(module)] = counts.get(id(module), 0.0) + y.numel() / int(features)
+        counts[id(module)] = counts.get(id(module), 0.0) + positions_of(module, output)
 
     modes = [(module, module.training) for module in model.modules()]
     handles = []
@@ -241,12 +235,7 @@ def count_positions(model: nn.Module, modules: Iterable[nn.Module], example_inpu
     try:
         model.eval()
         with torch.no_grad(), torch.random.fork_rng():
-            if isinstance(example_inputs, dict):
-                model(**example_inputs)
-            elif isinstance(example_inputs, (tuple, list)):
-                model(*example_inputs)
-            else:
-                model(example_inputs)
+            call_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()

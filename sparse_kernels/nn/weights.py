@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from .. import backends
 from ..patterns import Block
 from ..topology import Topology
+from . import costs
 
 AUTO = "auto"
 SPARSE_KERNEL = "sparse kernel"  # what backends.choose says where nothing is wrong
+ASKED_FOR = "asked for"
 
 
 class SparseLayer(nn.Module):
@@ -36,6 +38,8 @@ class SparseLayer(nn.Module):
         self._requested = AUTO
         self._execution = ""
         self._why = ""
+        self._planned: tuple[str, str] | None = None
+        self._positions: float | None = None
         self._taps: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -54,8 +58,9 @@ class SparseLayer(nn.Module):
         """Name of the backend that runs this layer.
 
         Assign a name to choose it, or `"auto"` (the default) for the first sparse backend that serves the layer's
-        pattern, dtype and device, `"densified"` where none does. `"auto"` chooses again whenever the layer moves to
-        another dtype or device. A backend assigned by name stays: where it cannot run, the forward raises its reason.
+        pattern, dtype and device; `"densified"` where none does, or where this kind of machine's cost table says that
+        the dense library is faster. `"auto"` chooses again whenever the layer moves to another dtype or device. A
+        backend assigned by name stays: where it cannot run, the forward raises its reason.
 
         Raises:
             ValueError: on assignment of an unknown name.
@@ -68,12 +73,46 @@ class SparseLayer(nn.Module):
         if name != AUTO:
             probe = self._probe()
             backends.require(name, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
-        self._requested = name
+        self._requested, self._planned = name, None
         self._resolve()
+
+    def follow(self, execution: str, reason: str, positions: float | None = None) -> None:
+        """Runs as a plan says until the layer moves to another dtype or device; then `"auto"` chooses again.
+
+        Args:
+            execution: a backend's name. reason: what `execution_reason` answers. positions: rows of the product, as
+                far as the plan knows.
+
+        Raises:
+            ValueError: for an unknown name. RuntimeError: where that backend cannot run this layer.
+        """
+        self.execution = execution
+        self._requested, self._planned, self._positions = AUTO, (execution, reason), positions
+        self._resolve()
+
+    def expect(self, positions: float) -> None:
+        """Lets `"auto"` choose for a product of so many rows; it takes `costs.DEFAULT_POSITIONS` otherwise."""
+        self._positions = positions
+        self._resolve()
+
+    def work(self) -> costs.Work:
+        """What decides this layer's times."""
+        probe = self._probe()
+        sizes = [(topology.numel, topology.nnz, topology.taps) for _, _, topology in self.sparse_items()]
+        dense = self._dense_elements()
+        numel, nnz = (dense + sum(size[k] for size in sizes) for k in (0, 1))
+        positions = self._positions or costs.DEFAULT_POSITIONS
+        threads = torch.get_num_threads()
+        return costs.Work(self.op, self.pattern, probe.dtype, numel, sizes[0][2], nnz / numel, positions, threads)
+
+    def _dense_elements(self) -> int:
+        """Elements of weights that are dense beside the sparse ones."""
+        return 0
 
     @property
     def execution_reason(self) -> str:
-        """Why that backend: `"sparse kernel"`, `"asked for"`, or what each sparse backend does not serve."""
+        """Why that backend: `"sparse kernel"`, `"asked for"`, how much faster the dense library is, or what each sparse
+        backend does not serve."""
         return self._why
 
     def _probe(self) -> Tensor:
@@ -83,12 +122,12 @@ class SparseLayer(nn.Module):
     def _resolve(self, loaded: bool = True) -> None:
         """Settles the backend, and gives its index buffers to the topologies where these have their content."""
         probe = self._probe()
-        if self._requested == AUTO:
-            self._execution, self._why = backends.choose(
-                self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device
-            )
+        if self._planned is not None:
+            self._execution, self._why = self._planned
+        elif self._requested == AUTO:
+            self._execution, self._why = self._choose(probe)
         else:
-            self._execution, self._why = self._requested, "asked for"
+            self._execution, self._why = self._requested, ASKED_FOR
             if backends.why_not(self._execution, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device):
                 return  # the op raises the reason; this backend's index buffers have no place here
         if not loaded or probe.is_meta:
@@ -98,12 +137,22 @@ class SparseLayer(nn.Module):
             for _, _, topology in self.sparse_items():
                 topology.attach(deriver)
 
+    def _choose(self, probe: Tensor) -> tuple[str, str]:
+        name, why = backends.choose(self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
+        table = costs.cost_table(probe.device)
+        if why != SPARSE_KERNEL or table is None:
+            return name, why
+        times = table.predict(self.work())
+        execution, reason = (name, "") if times is None else costs.decide(times, name, f"cost table {table.kind}")
+        return execution, reason or SPARSE_KERNEL
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
         device, dtype = self._probe().device, self._probe().dtype
         self._taps.clear()
         super()._apply(fn, recurse)
         now = self._probe()
         if (now.device, now.dtype) != (device, dtype):
+            self._planned = None
             self._resolve(loaded=device.type != "meta")
         return self
 

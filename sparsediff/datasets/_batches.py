@@ -136,6 +136,13 @@ class Batches(Iterator[Batch]):
             self.epoch, self.position = self.epoch + 1, 0
         return collate(self.strokes, indices, form=self.form)
 
+    def peek(self) -> Batch:
+        """The batch that comes next, which stays the next."""
+        state = self.state_dict()
+        batch = next(self)
+        self.load_state_dict(state)
+        return batch
+
     def _permutation(self) -> npt.NDArray[np.int64]:
         if self._order_of != (self.seed, self.epoch):
             if self.shuffle:

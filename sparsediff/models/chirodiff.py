@@ -92,11 +92,12 @@ class ChiroDiff(nn.Module):
         h = run_gru(self.gru, torch.cat([*features(x, self.form), time], -1), lengths, self.gru_form)
         return self.output(torch.cat([self.hidden(h), time], -1))
 
-    def example_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Arguments of a small forward, for whoever has to see one run."""
+    def example_inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of a forward of `batch` drawings of 64 points, for whoever has to see one run."""
         device = self.time_weight.device
-        lengths = torch.full((1,), 64, dtype=torch.int32, device=device)
-        return torch.zeros(1, 64, FEATURES, device=device), torch.zeros(1, dtype=torch.long, device=device), lengths
+        lengths = torch.full((batch,), 64, dtype=torch.int32, device=device)
+        t = torch.zeros(batch, dtype=torch.long, device=device)
+        return torch.zeros(batch, 64, FEATURES, device=device), t, lengths
 
 
 def features(x: Tensor, form: Form) -> tuple[Tensor, Tensor]:

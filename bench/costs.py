@@ -1,0 +1,185 @@
+"""`python -m bench.costs`: measures the cost table of this kind of machine and writes it into the package.
+
+Run it on an idle machine after kernels changed; the file that it writes is committed. Three to four minutes.
+
+    python -m bench.costs                  # sparse_kernels/nn/cost_tables/cpu-avx512.json, say
+    python -m bench.costs --isa avx2       # ours and the dense library restricted to AVX2: cpu-avx2.json
+    python -m bench.costs --ops linear     # measures linear anew and keeps the rows of the others
+
+Single layers, forward and backward, in three forms, in turns: the torch.nn twin, densified, and the sparse kernel at
+several sparsities (see `sparse_kernels.nn.costs`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Which of their code paths the dense libraries take when ours are restricted.
+DENSE_ISA = {
+    "avx512": {},
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "portable": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}
+OPS = ("linear", "conv", "gru")
+
+
+def restrict(isa: str) -> None:
+    """Starts this command again with the libraries restricted, which read their environment once."""
+    wanted = {"SPARSE_KERNELS_ISA": isa, **DENSE_ISA[isa]}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "bench.costs", *sys.argv[1:]], {**os.environ, **wanted})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one op.
+
+    Args:
+        op, name: which, in words. patterns, sparsities: of the sparse forms. dense: the torch.nn layer.
+        inputs: makes the arguments of the layer's forward. positions: rows of its product.
+    """
+
+    op: str
+    name: str
+    patterns: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    dense: Any
+    inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    positions: int
+
+
+def cases() -> Iterator[Case]:
+    """Shapes from small to large; a prediction is made of the nearest three."""
+    import torch
+    from torch import nn
+
+    linear = ("unstructured", "block:8x8", "block:16x1", "block:16x16", "block:32x32")
+    for positions, size in [(64, 128), (256, 256), (1024, 512), (1024, 1024), (4096, 512), (512, 2048)]:
+        yield Case(
+            "linear", f"{size} to {size}, {positions} rows", linear, (0.25, 0.5, 0.75, 0.9), nn.Linear(size, size),
+            lambda positions=positions, size=size: ((torch.randn(positions, size, requires_grad=True),), {}), positions,
+        )  # fmt: skip
+    conv = ("unstructured", "block:16x16", "block:32x32")
+    shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (1, 64, 16, 3),
+              (1, 256, 16, 3), (4, 224, 64, 1), (4, 448, 32, 1), (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
+    for batch, channels, size, kernel in shapes:
+        yield Case(
+            "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, (0.25, 0.5, 0.75, 0.9),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
+            lambda shape=(batch, channels, size, size): (
+                (torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(),), {},
+            ),
+            batch * size * size,
+        )  # fmt: skip
+    for batch, steps, features, hidden, layers in [(128, 64, 13, 96, 3), (32, 32, 64, 64, 1), (64, 32, 128, 256, 1)]:
+        yield Case(
+            "gru", f"{features} to {hidden}, {layers} layers, bidirectional, B={batch}, T={steps}",
+            ("unstructured", "block:16x16"), (0.0, 0.5, 0.75, 0.9),
+            nn.GRU(features, hidden, layers, batch_first=True, bidirectional=True),
+            lambda shape=(batch, steps, features): ((torch.randn(shape, requires_grad=True),), {}), batch * steps,
+        )  # fmt: skip
+
+
+def measure_case(case: Case) -> Iterator[dict[str, Any]]:
+    """The rows of one shape at torch's number of threads."""
+    import torch
+
+    from sparse_kernels import backends, parse_pattern
+    from sparse_kernels.nn import surgery
+    from sparse_kernels.nn.measure import dense_step, timed, training_step
+
+    device, dtype = torch.device("cpu"), torch.float32
+    args, kwargs = case.inputs()
+    forms: dict[str, Callable[[], object]] = {"dense": dense_step(case.dense, args, kwargs)}
+    if args[0].dim() == 4:
+        forms["dense"] = dense_step(case.dense.to(memory_format=torch.channels_last), args, kwargs)
+    layers = {}
+    for pattern in case.patterns:
+        reason = backends.why_not("cpu", case.op, pattern=parse_pattern(pattern), dtype=dtype, device=device)
+        if reason is not None:
+            print(f"  {case.op} {pattern}: {reason}; runs densified")
+            continue
+        for sparsity in case.sparsities:
+            layer = surgery.TWINS[type(case.dense)].from_dense(
+                case.dense, pattern=pattern, sparsity=sparsity, generator=torch.Generator().manual_seed(0)
+            )
+            layer.execution = "cpu"
+            layers[pattern, sparsity] = layer
+            forms[f"{pattern} {sparsity}"] = training_step(layer, layer, args, kwargs)
+        middle = layers[pattern, 0.5].from_dense(case.dense, pattern=pattern, sparsity=0.5)
+        middle.execution = "densified"
+        forms[f"{pattern} densified"] = training_step(middle, middle, args, kwargs)
+    if not layers:
+        return
+    ms = timed(forms, device, rounds=5)
+    for (pattern, sparsity), layer in layers.items():
+        work = layer.work()
+        yield {
+            "layer": f"{type(layer).__name__} {case.name}",
+            "op": case.op,
+            "pattern": pattern,
+            "dtype": str(dtype).removeprefix("torch."),
+            "numel": work.numel,
+            "taps": work.taps,
+            "density": round(work.density, 5),
+            "positions": case.positions,
+            "threads": torch.get_num_threads(),
+            "dense_ms": round(ms["dense"], 4),
+            "densified_ms": round(ms[f"{pattern} densified"], 4),
+            "sparse_ms": round(ms[f"{pattern} {sparsity}"], 4),
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.costs", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure anew")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--isa", choices=list(DENSE_ISA), help="restrict ours and the dense libraries to it")
+    parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
+    options = parser.parse_args(arguments)
+    if options.isa:
+        restrict(options.isa)
+
+    import torch
+
+    import sparse_kernels.nn.costs as costs
+    from bench.harness import machine
+
+    kind = costs.machine_kind(torch.device("cpu"))
+    if kind is None:
+        parser.error("the native kernels are not built; there is nothing to measure")
+    path = options.out or Path(costs.__file__).parent / "cost_tables" / f"{kind}.json"
+    rows = []
+    if path.is_file():
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in rows if row["op"] not in options.ops or row["threads"] not in options.threads]
+    start = time.perf_counter()
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for case in cases():
+            if case.op in options.ops:
+                new = list(measure_case(case))
+                rows += new
+                best = max((row["dense_ms"] / row["sparse_ms"] for row in new), default=0.0)
+                print(f"{threads} thread(s), {case.op} {case.name}: up to {best:.1f}x, "
+                      f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+    rows.sort(key=lambda row: OPS.index(row["op"]))
+    head = json.dumps({"kind": kind, "machine": machine()}, indent=1)[:-2]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # one row a line, for readable differences
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    print(f"{len(rows)} rows in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

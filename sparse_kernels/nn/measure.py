@@ -1,0 +1,250 @@
+"""Measured times: one layer in all its forms, and what a model's step spends outside its sparse layers.
+
+A layer is timed on random data in the shape and memory format that it meets in the model, forward and backward, the
+forms in turn; the medians count. Layers of one kind whose positions share a bucket (the next power of two) are timed
+once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from .. import backends
+from ..backends.reference import memory_format
+from ..topology import Topology
+from .costs import Times
+from .weights import SPARSE_KERNEL, SparseLayer
+
+ROUNDS = 3
+# What is quicker is repeated within a round until it takes so long.
+SHORTEST_MS = 5.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model calls one layer in a step.
+
+    Args:
+        args, kwargs: of its first call. positions: rows of the product of that call. uses: all rows of the step over
+            those of that call.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    positions: float
+    uses: float
+
+
+def observe(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
+    """Runs the model once and notes how it calls each sparse layer; a layer that it leaves out is missing.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+    """
+    first: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    rows: dict[str, list[float]] = {}
+    handles = []
+
+    def noting(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            first.setdefault(path, (args, kwargs))
+            rows.setdefault(path, []).append(positions_of(module, output))
+
+        return hook
+
+    for path, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            handles.append(module.register_forward_hook(noting(path), with_kwargs=True))
+    try:
+        with _undisturbed(model):
+            call_model(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: Call(*first[path], rows[path][0], sum(rows[path]) / rows[path][0]) for path in first if rows[path][0]}
+
+
+def positions_of(module: nn.Module, output: Any) -> float:
+    """Rows of a layer's matrix product, from its output."""
+    y = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) else output
+    y = y.data if isinstance(y, PackedSequence) else y
+    if isinstance(module, nn.GRU) or getattr(module, "op", "") == "gru":
+        features = y.shape[-1]
+    else:
+        features = getattr(module, "out_features", None) or module.out_channels
+    return float(y.numel() / int(features))
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """`model(example_inputs)`, spread where they are a dict or a tuple."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def bucket(positions: float) -> int:
+    """The next power of two."""
+    return 1 << max(0, math.ceil(math.log2(positions)))
+
+
+def kind_of(layer: SparseLayer, call: Call) -> tuple[Any, ...]:
+    """What layers have in common that are timed once."""
+    items = [(t.out, t.in_, t.taps, round(t.density, 2)) for _, _, t in layer.sparse_items()]
+    x = call.args[0].data if isinstance(call.args[0], PackedSequence) else call.args[0]
+    order = tuple(sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d], d)))
+    geometry = getattr(layer, "_geometry", None)
+    return (layer.op, str(layer.pattern), *items, geometry, bucket(call.positions), order, x.dtype, x.requires_grad)
+
+
+def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times | None:
+    """Times of one call, forward and backward, in every form; None where no sparse backend serves the layer."""
+    probe = layer._probe()
+    name, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    if why != SPARSE_KERNEL:
+        return None
+    with torch.random.fork_rng():
+        args, kwargs = tuple(map(_like, call.args)), {key: _like(value) for key, value in call.kwargs.items()}
+    twin: Any = layer.to_dense()
+    if isinstance(args[0], Tensor) and args[0].dim() == 4 and memory_format(args[0]) == torch.channels_last:
+        twin = twin.to(memory_format=torch.channels_last)
+    before = layer._requested, layer._planned
+    layer.execution = name  # gives the topologies this backend's index buffers
+
+    def form(execution: str) -> Callable[[], None]:
+        step = training_step(layer, layer, args, kwargs)
+
+        def run() -> None:
+            layer._execution = execution
+            step()
+
+        return run
+
+    try:
+        with torch.random.fork_rng():  # for dropout and the seeds of the backward
+            forms = {"dense": dense_step(twin, args, kwargs), "densified": form("densified"), "sparse": form(name)}
+            return Times(**timed(forms, probe.device, rounds=rounds))
+    finally:
+        layer._requested, layer._planned = before
+        layer._resolve()
+
+
+def model_ms(model: nn.Module, example_inputs: Any, *, rounds: int = ROUNDS) -> float:
+    """Milliseconds of the model's forward and backward, to the gradients of its parameters, as its layers now run."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        outputs = [y for y in _tensors(call_model(model, example_inputs)) if y.requires_grad]
+        loss = torch.stack([y.float().square().mean() for y in outputs]).sum()
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    with _undisturbed(model):
+        return timed({"model": step}, next(model.parameters()).device, rounds=rounds)["model"]
+
+
+def timed(forms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each function, which run in turn, in rotating order, after a warm-up."""
+
+    def clock(function: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    repeats = {}
+    for name, function in forms.items():
+        clock(function, 1)
+        repeats[name] = max(1, int(SHORTEST_MS / max(clock(function, 1), 1e-3)))
+    samples: dict[str, list[float]] = {name: [] for name in forms}
+    names = list(forms)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(clock(forms[name], repeats[name]))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def training_step(
+    module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Callable[[], None]:
+    """Forward and backward of `function` to the parameters of `module` and the inputs that want a gradient."""
+    leaves = [leaf for leaf in _tensors([*args, *kwargs.values()]) if leaf.requires_grad]
+    leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
+    outputs = [y for y in _tensors(function(*args, **kwargs)) if y.requires_grad][:1]
+    seeds = [torch.randn_like(y) for y in outputs]
+
+    def run() -> None:
+        found = [y for y in _tensors(function(*args, **kwargs)) if y.requires_grad][:1]
+        if found and leaves:
+            torch.autograd.grad(found, leaves, seeds, allow_unused=True)
+
+    return run
+
+
+def dense_step(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], None]:
+    """`training_step` of a torch.nn layer on the arguments of its sparse twin; lengths by packing."""
+    if not isinstance(twin, nn.GRU):
+        return training_step(twin, twin, args, kwargs)
+    lengths = kwargs.get("lengths")
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths).cpu().clamp(min=1)  # packing knows no empty sequence
+
+    def gru(x: Any, h0: Tensor | None = None, **_: Any) -> Any:
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=twin.batch_first, enforce_sorted=False)
+        return twin(x, h0)
+
+    return training_step(twin, gru, args, kwargs)
+
+
+def _like(value: Any) -> Any:
+    """Random numbers in the place of a floating-point tensor, with its strides; anything else as it is."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=_like(value.data))
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return torch.randn_like(value.detach()).requires_grad_(value.requires_grad)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Floating-point tensors of an output of any kind."""
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            yield tree
+    elif isinstance(tree, PackedSequence):
+        yield tree.data
+    elif isinstance(tree, Mapping):
+        yield from _tensors(tree.values())
+    elif dataclasses.is_dataclass(tree):
+        yield from _tensors(vars(tree))
+    elif isinstance(tree, Iterable) and not isinstance(tree, str):
+        for item in tree:
+            yield from _tensors(item)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts the statistics that a model's forward keeps, and the random state, back to what they were."""
+    indices = {id(buffer) for module in model.modules() if isinstance(module, Topology) for buffer in module.buffers()}
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in indices]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)

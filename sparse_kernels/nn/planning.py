@@ -1,0 +1,134 @@
+"""`replan`: which form runs each sparse layer of a model, by the cost table, by measuring, or by a saved plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import backends
+from . import measure
+from .costs import Times, cost_table, decide
+from .measure import Call
+from .plan import LayerPlan, Plan, PlanRow, active_blocks
+from .weights import ASKED_FOR, SPARSE_KERNEL, SparseLayer
+
+MODES = ("auto", "measure", "off")
+
+
+def check_mode(where: str, mode: str | Plan, example_inputs: Any) -> None:
+    """Raises ValueError for an unknown way to plan, and where measuring lacks its inputs."""
+    if isinstance(mode, str) and mode not in MODES:
+        raise ValueError(f"{where}: plan must be one of {', '.join(MODES)}, or a Plan; got {mode!r}.")
+    if mode == "measure" and example_inputs is None:
+        raise ValueError(f"{where}: plan='measure' needs example_inputs, a batch as the model's forward takes it.")
+
+
+def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, example_inputs: Any = None) -> Plan:
+    """Decides anew which form runs each sparse layer, and lets the layers run so. Do it before `torch.compile`.
+
+    A layer runs *densified* exactly where its sparse kernel is predicted, or measured, to be slower than that; what no
+    sparse backend serves runs densified too. A layer whose `execution` was asked for by name keeps it. Layers that no
+    example reached are decided for `costs.DEFAULT_POSITIONS` rows.
+
+    Args:
+        model: what `sparsify` made, already on its device. plan: what it returned.
+        mode: `"auto"` asks the cost table of this kind of machine, which is deterministic; `"measure"` times every
+            form of every layer, and the model's own forward and backward, once; `"off"` runs the sparse kernel
+            wherever there is one; a `Plan`, from `plan.json` perhaps, is applied as it is.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of the size that training will
+            have; the model runs on them in its present mode, and keeps its buffers and the random state.
+
+    Returns:
+        The new plan, with the rows of `plan`.
+
+    Raises:
+        ValueError: an unknown mode, `"measure"` without inputs, or a Plan of another model.
+        RuntimeError: a Plan names a backend that cannot run here.
+    """
+    check_mode("replan", mode, example_inputs)
+    calls = {} if example_inputs is None or isinstance(mode, Plan) else measure.observe(model, example_inputs)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, SparseLayer)}
+    rest_ms = None
+    if isinstance(mode, Plan):
+        mode.apply(model)
+        decided, source, rest_ms = {one.layer: one for one in mode.layers}, mode.source, mode.rest_ms
+    else:
+        source = mode
+        times = _measured(layers, calls) if mode == "measure" else {}
+        decided = {
+            path: _decided(path, layer, mode, calls.get(path), times.get(path)) for path, layer in layers.items()
+        }
+        for path, layer in layers.items():
+            if decided[path].reason != ASKED_FOR:
+                layer.follow(decided[path].execution, decided[path].reason, decided[path].positions)
+    if mode == "measure":
+        inside = [one.times.of(one.execution) for one in decided.values() if one.times is not None]
+        rest_ms = max(0.0, measure.model_ms(model, example_inputs) - sum(inside))
+    new = dataclasses.replace(
+        plan,
+        layers=tuple(decided.values()),
+        source=source,
+        device=_device(layers),
+        threads=mode.threads if isinstance(mode, Plan) else torch.get_num_threads(),
+        rest_ms=rest_ms,
+    )
+    return dataclasses.replace(new, rows=tuple(_row(row, decided, layers) for row in plan.rows))
+
+
+def _measured(layers: Mapping[str, SparseLayer], calls: Mapping[str, Call]) -> dict[str, Times | None]:
+    """Times of every layer that was called, over all its uses; those of one kind and bucket are measured once."""
+    known: dict[Any, tuple[Times | None, float]] = {}
+    times = {}
+    for path, call in calls.items():
+        kind = measure.kind_of(layers[path], call)
+        if kind not in known:
+            known[kind] = measure.layer_times(layers[path], call), call.positions
+        one, positions = known[kind]
+        times[path] = None if one is None else one.scaled(call.uses * call.positions / positions)
+    return times
+
+
+def _decided(path: str, layer: SparseLayer, mode: str, call: Call | None, times: Times | None) -> LayerPlan:
+    probe = layer._probe()
+    positions = None if call is None else call.positions
+    name, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    reason = "" if why == SPARSE_KERNEL else why
+    if layer.execution_reason == ASKED_FOR:
+        return LayerPlan(
+            path, layer.op, str(layer.pattern), active_blocks(layer), layer.execution, ASKED_FOR, positions, times
+        )
+    table = cost_table(probe.device)
+    if not reason and mode == "measure" and times is not None:
+        name, reason = decide(times, name, "measured")
+    elif not reason and table is not None:
+        predicted = table.predict(dataclasses.replace(layer.work(), positions=positions or layer.work().positions))
+        if predicted is not None:
+            times = predicted.scaled(call.uses) if call is not None else None
+            if mode != "off":
+                name, reason = decide(predicted, name, f"cost table {table.kind}")
+    return LayerPlan(path, layer.op, str(layer.pattern), active_blocks(layer), name, reason, positions, times)
+
+
+def _row(row: PlanRow, decided: Mapping[str, LayerPlan], layers: Mapping[str, SparseLayer]) -> PlanRow:
+    """The row with the execution of its layer; the row of a GRU's weight is named after both."""
+    path = row.layer if row.layer in decided else row.layer.rpartition(".")[0]
+    one = decided.get(path)
+    if one is None:
+        return row
+    sparse = row.pattern != "dense"
+    reason = one.reason if sparse and row.counted else row.reason
+    return dataclasses.replace(
+        row,
+        execution=one.execution,
+        reason=reason,
+        positions=one.positions or row.positions,
+        speedup=None if one.times is None else one.times.speedup(one.execution),
+    )
+
+
+def _device(layers: Mapping[str, SparseLayer]) -> str:
+    return next((layer._probe().device.type for layer in layers.values()), "cpu")
