@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
     bind_densify(m);
     bind_linear_block(m);
     bind_linear_unstructured(m);
+    bind_conv_block(m);
     bind_conv_unstructured(m);
     bind_gru(m);
     bind_cuda(m);

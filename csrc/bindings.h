@@ -26,6 +26,7 @@ void bind_cpu(py::module_& m);
 void bind_densify(py::module_& m);
 void bind_linear_block(py::module_& m);
 void bind_linear_unstructured(py::module_& m);
+void bind_conv_block(py::module_& m);
 void bind_conv_unstructured(py::module_& m);
 void bind_gru(py::module_& m);
 void bind_cuda(py::module_& m);

@@ -9,6 +9,7 @@
 //   of up to 12 columns of B.
 #pragma once
 
+#include "api.h"
 #include "cpu/transpose.h"
 
 namespace sk::SK_ISA {
@@ -269,6 +270,22 @@ static void pack_strips(const float* src, int64_t ld, int64_t rows, int64_t cols
         }
         if (c < cols)
             for (int64_t j = 0; j < side; ++j) to[j] = c + j < cols ? src[c + j] : 0.0f;
+    }
+}
+
+// Zero where the last blocks of a row, or of the columns of each tap, stick out of W.
+static void clear_padding(const BlockIndex& w, int64_t taps, float* dvalues) {
+    const int64_t block = w.bh * w.bw, columns = ceil_div(w.in, w.bw);
+    if (const int64_t real = w.out % w.bh) {
+        const int64_t r = w.out / w.bh;
+        for (int64_t e = w.crow[r]; e < w.crow[r + 1]; ++e)
+            for (int64_t i = real * w.bw; i < block; ++i) dvalues[w.slot[e] * block + i] = 0;
+    }
+    if (const int64_t real = w.in % w.bw) {
+        for (int64_t c = columns - 1; c < taps * columns; c += columns)
+            for (int64_t e = w.ccol[c]; e < w.ccol[c + 1]; ++e)
+                for (int64_t i = 0; i < block; i += w.bw)
+                    for (int64_t j = real; j < w.bw; ++j) dvalues[w.slot_t[e] * block + i + j] = 0;
     }
 }
 

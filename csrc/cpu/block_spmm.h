@@ -171,8 +171,8 @@ static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, floa
 }
 
 // Row blocks [r0, r1) for `rows` positions.
-static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows, int64_t r0,
-                         int64_t r1) {
+[[maybe_unused]] static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows,
+                                          int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
         if (a.nb == VLEN)
             direct_rows<kRows, true>(a, x, ldx, y, rows, r, 0);

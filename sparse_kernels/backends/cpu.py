@@ -1,8 +1,8 @@
 """The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
 
 Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_unstructured` that of 1x1 blocks,
-`_cpu_conv_unstructured` the convolution of 1x1 blocks, `_cpu_gru` the fused GRU. This file says what is served and
-calls them.
+`_cpu_conv_block` and `_cpu_conv_unstructured` the convolutions, `_cpu_gru` the fused GRU. This file says what is served
+and calls them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import _native
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
-from . import _cpu_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
+from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
 
 # Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
@@ -37,8 +37,6 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, not on {device.type}"
         if dtype != torch.float32:
             return f"its kernels are float32, not {str(dtype).removeprefix('torch.')}"
-        if op == "conv" and pattern != Unstructured():
-            return f"it has no conv kernels for {pattern}"
         return None
 
     def deriver(self, op: str, pattern: Block) -> Deriver | None:
@@ -56,7 +54,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         values, bias = values.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if conv is not None:
-            return _cpu_conv_unstructured.spmm(x, values, index, bias, conv)
+            return _conv(index).spmm(x, values, index, bias, conv)
         return _linear(index).spmm(x, values, index, bias)
 
     def spmm_t(
@@ -68,28 +66,32 @@ class CpuBackend(Backend):
         x_like: Tensor | None = None,
     ) -> Tensor:
         if conv is not None and x_like is not None:
-            return _cpu_conv_unstructured.spmm_t(dy, values.to(dy.dtype), index, conv, x_like)
+            return _conv(index).spmm_t(dy, values.to(dy.dtype), index, conv, x_like)
         return _linear(index).spmm_t(dy, values.to(dy.dtype), index)
 
     def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is not None:
-            return _cpu_conv_unstructured.sddmm(dy, x, index, conv)
+            return _conv(index).sddmm(dy, x, index, conv)
         return _linear(index).sddmm(dy, x, index)
 
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
-        if conv is not None:
+        if conv is not None and index.pattern == Unstructured():
             return _cpu_conv_unstructured.block_scores(dy, x, index, conv)
         # Every block is wanted, so dense products of row panels are the fastest kernel there is.
-        padded_in = index.col_blocks * index.bw
-        panel = max(1, SCORE_PANEL_BYTES // (4 * padded_in * index.bh))  # row blocks
+        per_tap = index.cols_per_tap * index.bw
+        panel = max(1, SCORE_PANEL_BYTES // (4 * index.taps * per_tap * index.bh))  # row blocks
         scores = x.new_empty(index.row_blocks, index.col_blocks)
         for first in range(0, index.row_blocks, panel):
             last = min(first + panel, index.row_blocks)
             rows = slice(first * index.bh, min(last * index.bh, index.out))
-            grad = dy[:, rows].T @ x  # [panel · bh, in]
+            if conv is None:
+                grad = dy[:, rows].T @ x
+            else:
+                grad = _cpu_conv_block.dense_grad(dy[:, rows], x, conv)
+            grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
             missing = (last - first) * index.bh - grad.shape[0]
-            if missing or padded_in != index.in_:
-                grad = F.pad(grad, (0, padded_in - index.in_, 0, missing))
+            if missing or per_tap != index.in_:
+                grad = F.pad(grad, (0, per_tap - index.in_, 0, 0, 0, missing))
             blocks = grad.square_().view(last - first, index.bh, index.col_blocks, index.bw)
             scores[first:last] = blocks.sum(dim=(1, 3))
         return scores
@@ -131,6 +133,10 @@ class CpuBackend(Backend):
 
 def _linear(index: WeightIndex) -> ModuleType:
     return _cpu_unstructured if index.pattern == Unstructured() else _cpu_block
+
+
+def _conv(index: WeightIndex) -> ModuleType:
+    return _cpu_conv_unstructured if index.pattern == Unstructured() else _cpu_conv_block
 
 
 def _cast(

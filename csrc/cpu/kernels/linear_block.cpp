@@ -175,22 +175,6 @@ static int64_t sddmm_workspace(const BlockIndex& w, int64_t positions, int64_t t
     return (p.position_parts - 1) * p.partial_bytes + threads * p.thread_bytes;
 }
 
-// Zero where the last blocks of a row or column stick out of W.
-static void clear_padding(const BlockIndex& w, float* dvalues) {
-    const int64_t block = w.bh * w.bw;
-    if (const int64_t real = w.out % w.bh) {
-        const int64_t r = w.out / w.bh;
-        for (int64_t e = w.crow[r]; e < w.crow[r + 1]; ++e)
-            for (int64_t i = real * w.bw; i < block; ++i) dvalues[w.slot[e] * block + i] = 0;
-    }
-    if (const int64_t real = w.in % w.bw) {
-        const int64_t c = w.in / w.bw;
-        for (int64_t e = w.ccol[c]; e < w.ccol[c + 1]; ++e)
-            for (int64_t i = 0; i < block; i += w.bw)
-                for (int64_t j = real; j < w.bw; ++j) dvalues[w.slot_t[e] * block + i + j] = 0;
-    }
-}
-
 static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
                   int64_t positions, int64_t threads, void* workspace) {
     const SddmmPlan p = plan_sddmm(w, positions, threads);
@@ -261,7 +245,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
             }
         }
     }
-    clear_padding(w, dvalues);
+    clear_padding(w, 1, dvalues);
 }
 
 extern const LinearBlockTable linear_block_table;

@@ -1,0 +1,45 @@
+// Block-CSR convolution on the CPU.
+#include "bindings.h"
+
+namespace sk {
+
+void bind_conv_block(py::module_& m) {
+    m.def("conv_block_spmm_workspace_bytes", &conv_block_spmm_workspace_bytes, py::arg("index"), py::arg("conv"),
+          py::arg("threads"));
+    m.def(
+        "conv_block_spmm",
+        [](const BlockIndex& w, const ConvShape& conv, addr values, addr x, const ImageStrides& x_strides, addr bias,
+           addr y, const ImageStrides& y_strides, int64_t threads, addr workspace) {
+            return conv_block_spmm(w, conv, ptr<const float>(values), ptr<const float>(x), x_strides,
+                                   ptr<const float>(bias), ptr<float>(y), y_strides, threads, ptr<void>(workspace));
+        },
+        py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("x"), py::arg("x_strides"), py::arg("bias"),
+        py::arg("y"), py::arg("y_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
+        "y = conv(x, W) + bias; addresses of fp32 buffers, see csrc/api.h.");
+    m.def("conv_block_spmm_t_workspace_bytes", &conv_block_spmm_t_workspace_bytes, py::arg("index"), py::arg("conv"),
+          py::arg("threads"));
+    m.def(
+        "conv_block_spmm_t",
+        [](const BlockIndex& w, const ConvShape& conv, addr values, addr dy, const ImageStrides& dy_strides, addr dx,
+           const ImageStrides& dx_strides, int64_t threads, addr workspace) {
+            return conv_block_spmm_t(w, conv, ptr<const float>(values), ptr<const float>(dy), dy_strides,
+                                     ptr<float>(dx), dx_strides, threads, ptr<void>(workspace));
+        },
+        py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("dy"), py::arg("dy_strides"), py::arg("dx"),
+        py::arg("dx_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
+        "dx = the input gradient of the convolution; addresses of fp32 buffers, see csrc/api.h.");
+    m.def("conv_block_sddmm_workspace_bytes", &conv_block_sddmm_workspace_bytes, py::arg("index"), py::arg("conv"),
+          py::arg("threads"));
+    m.def(
+        "conv_block_sddmm",
+        [](const BlockIndex& w, const ConvShape& conv, addr dy, const ImageStrides& dy_strides, addr x,
+           const ImageStrides& x_strides, addr dvalues, int64_t threads, addr workspace) {
+            return conv_block_sddmm(w, conv, ptr<const float>(dy), dy_strides, ptr<const float>(x), x_strides,
+                                    ptr<float>(dvalues), threads, ptr<void>(workspace));
+        },
+        py::arg("index"), py::arg("conv"), py::arg("dy"), py::arg("dy_strides"), py::arg("x"), py::arg("x_strides"),
+        py::arg("dvalues"), py::arg("threads"), py::arg("workspace"), no_gil(),
+        "dvalues [nnzb, bh, bw] = the weight gradient at the active blocks; fp32 addresses, see csrc/api.h.");
+}
+
+}  // namespace sk

@@ -1,0 +1,70 @@
+// The launchers of the block-CSR convolution: checks, then the kernels of the instruction set in use.
+#include "cpu/conv_block.h"
+
+#include "cpu/dispatch.h"
+
+SK_DECLARE_TABLE(ConvBlockTable, conv_block_table)
+
+namespace sk {
+
+namespace {
+
+bool is_side(int64_t side) { return side == 1 || side == 4 || side == 8 || side == 16 || side == 32 || side == 64; }
+
+bool axis_fits(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+    return size >= 0 && kernel > 0 && stride > 0 && pad >= 0 && dilation > 0 && out > 0 &&
+           (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1 == out;
+}
+
+bool valid(const BlockIndex& w, const ConvShape& c, int64_t threads) {
+    return is_side(w.bh) && is_side(w.bw) && w.bh * w.bw > 1 && w.out > 0 && w.in > 0 && w.nnzb >= 0 && c.batch >= 0 &&
+           axis_fits(c.height, c.out_height, c.kernel_h, c.stride_h, c.pad_h, c.dilation_h) &&
+           axis_fits(c.width, c.out_width, c.kernel_w, c.stride_w, c.pad_w, c.dilation_w) && threads > 0;
+}
+
+bool valid(const ImageStrides& s) { return s.c == 1 || s.w == 1; }
+
+int64_t spmm_workspace(const BlockIndex& w, const ConvShape& conv, bool transposed, int64_t threads) {
+    if (!valid(w, conv, threads)) return 0;
+    return SK_TABLE(conv_block_table).spmm_workspace(w, conv, transposed, threads);
+}
+
+}  // namespace
+
+int64_t conv_block_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    return spmm_workspace(w, conv, false, threads);
+}
+
+int conv_block_spmm(const BlockIndex& w, const ConvShape& conv, const float* values, const float* x,
+                    const ImageStrides& x_strides, const float* bias, float* y, const ImageStrides& y_strides,
+                    int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads) || !valid(x_strides) || !valid(y_strides)) return kInvalid;
+    SK_TABLE(conv_block_table).spmm(w, conv, false, values, x, x_strides, bias, y, y_strides, threads, workspace);
+    return kOk;
+}
+
+int64_t conv_block_spmm_t_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    return spmm_workspace(w, conv, true, threads);
+}
+
+int conv_block_spmm_t(const BlockIndex& w, const ConvShape& conv, const float* values, const float* dy,
+                      const ImageStrides& dy_strides, float* dx, const ImageStrides& dx_strides, int64_t threads,
+                      void* workspace) {
+    if (!valid(w, conv, threads) || !valid(dy_strides) || !valid(dx_strides)) return kInvalid;
+    SK_TABLE(conv_block_table).spmm(w, conv, true, values, dy, dy_strides, nullptr, dx, dx_strides, threads, workspace);
+    return kOk;
+}
+
+int64_t conv_block_sddmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    if (!valid(w, conv, threads)) return 0;
+    return SK_TABLE(conv_block_table).sddmm_workspace(w, conv, threads);
+}
+
+int conv_block_sddmm(const BlockIndex& w, const ConvShape& conv, const float* dy, const ImageStrides& dy_strides,
+                     const float* x, const ImageStrides& x_strides, float* dvalues, int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads) || !valid(dy_strides) || !valid(x_strides)) return kInvalid;
+    SK_TABLE(conv_block_table).sddmm(w, conv, dy, dy_strides, x, x_strides, dvalues, threads, workspace);
+    return kOk;
+}
+
+}  // namespace sk

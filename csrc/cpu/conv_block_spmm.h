@@ -1,0 +1,244 @@
+// Y = gather(X) * W' over packed slices (conv_gather.h): the block-CSR convolution and its input gradient. Included by
+// csrc/cpu/kernels/conv_block.cpp only (see simd.h).
+//
+// The tiles are those of block_spmm.h. A direct tile (wide, pair) has one pointer a position, so that its positions may
+// lie in several image rows, and adds each block's distance to all of them. The panel and outer tiles read a panel of
+// gathered rows [taps * channels][positions].
+#pragma once
+
+#include "cpu/block_spmm.h"
+#include "cpu/conv_gather.h"
+
+namespace sk::SK_ISA {
+
+// One row block of a direct product, a chunk of its blocks.
+struct ConvTile {
+    const int64_t* distance;    // [taps * k_blocks]: of a gathered block from a position, floats
+    const int32_t *idx, *slot;  // gathered block and slot of each; slot null: weights lie in order from `begin` on
+    int64_t begin, end;
+    const float* weights;
+    int64_t block, ldw, kb;  // floats of a block, from one k (pair of k) to the next; k of a block
+    const float* bias;       // of the row block, or null
+    bool first;              // begins with the bias; else adds to y
+    int64_t n0, n1;          // outputs in either vector
+    const float* x;
+    float* y;
+    const int64_t *x_at, *y_at;  // [positions]: where each position lies in x and y
+};
+
+// Positions [q, q + MR), outputs [o, o + 2 VLEN) (wide) or all (pair) of the row block.
+template <int MR, bool PAIR, bool FETCH>
+static void conv_tile(const ConvTile& t, int64_t q, int64_t o) {
+    constexpr int kStep = PAIR ? 2 : 1;
+    const float* x[MR];
+    vfloat acc[MR][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+        x[i] = t.x + t.x_at[q + i];
+        float* y = t.y + t.y_at[q + i] + o;
+        __builtin_prefetch(y, 1);
+        if (!PAIR) __builtin_prefetch(y + VLEN, 1);
+        if (PAIR) {
+            acc[i][0] = acc[i][1] = zero();
+        } else if (t.first) {
+            acc[i][0] = t.bias ? load_first(t.bias + o, t.n0) : zero();
+            acc[i][1] = t.bias && t.n1 ? load_first(t.bias + o + VLEN, t.n1) : zero();
+        } else {
+            acc[i][0] = load_first(y, t.n0);
+            acc[i][1] = t.n1 ? load_first(y + VLEN, t.n1) : zero();
+        }
+    }
+    for (int64_t e = t.begin; e < t.end; ++e) {
+        const int64_t after = e + 1 < t.end ? e + 1 : t.begin;
+        const float* w = t.weights + (t.slot ? t.slot[e] : e - t.begin) * t.block + o;
+        const float* next_w = t.weights + (t.slot ? t.slot[after] : after - t.begin) * t.block + o;
+        const float* next_x = x[0] + t.distance[t.idx[after]];
+        int64_t at = t.distance[t.idx[e]];
+        for (int64_t k = 0; k < t.kb; k += kStep, w += t.ldw, at += kStep) {
+            if (FETCH) {
+                // The first tile meets the weights far away, in blocks that no hardware prefetcher connects.
+                __builtin_prefetch(next_w + k / kStep * t.ldw);
+                __builtin_prefetch(next_w + k / kStep * t.ldw + VLEN);
+            }
+            if (k < MR * kStep) {
+                const float* line = next_x + k / kStep * t.kb;
+                __builtin_prefetch(line);
+                if (!PAIR) __builtin_prefetch(line + VLEN);
+            }
+            const vfloat w0 = load(w), w1 = load(w + VLEN);
+#pragma GCC unroll 12
+            for (int i = 0; i < MR; ++i) {
+                const vfloat xv = PAIR ? broadcast_pair(x[i] + at) : broadcast(x[i][at]);
+                acc[i][0] = fma(xv, w0, acc[i][0]);
+                acc[i][1] = fma(xv, w1, acc[i][1]);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; ++i) {
+        float* y = t.y + t.y_at[q + i] + o;
+        if (PAIR) {
+            const vfloat start = !t.first ? load_first(y, t.n0) : t.bias ? load_first(t.bias, t.n0) : zero();
+            store_first(y, start + fold_pairs(acc[i][0], acc[i][1]), t.n0);
+        } else {
+            store_first(y, acc[i][0], t.n0);
+            if (t.n1) store_first(y + VLEN, acc[i][1], t.n1);
+        }
+    }
+}
+
+template <int MR, bool PAIR>
+static void conv_rows(const ConvTile& t, int64_t q, int64_t stop, int64_t o) {
+    if (MR == kRows && q + MR <= stop) {
+        conv_tile<MR, PAIR, MR == kRows>(t, q, o);
+        q += MR;
+    }
+    for (; q + MR <= stop; q += MR) conv_tile<MR, PAIR, false>(t, q, o);
+    if constexpr (MR > 1) {
+        constexpr int kNext = MR > 8 ? 8 : MR > 4 ? 4 : MR / 2;
+        if (q < stop) conv_rows<kNext, PAIR>(t, q, stop, o);
+    }
+}
+
+// Everything about one product: forward, or one stride phase of the input gradient.
+struct ConvProduct {
+    Gather gather;
+    SlicePlan slices;
+    int64_t taps, n, k, nb, kb, n_blocks, k_blocks;
+    bool direct, outer, pack, early;  // pack: weights are transposed, `early`: all of them before the slices
+    bool dense;                       // grid positions lie in y one stride after the other, channels side by side
+    int64_t panel_width;
+    int64_t chunk;  // blocks whose weights a direct product reads, or packs, at a time
+    // The gathered blocks of each row block, sorted by channels and then by tap, so that the taps meet the same pixels.
+    int32_t *ptr, *idx, *slot;
+    int32_t *ptr_k, *idx_k, *slot_k;  // outer: the row blocks of each gathered block
+    int64_t* distance;
+    const float *values, *weights;  // weights: packed early
+    int64_t stride_n, stride_k;
+    const float* src;
+    ImageStrides src_strides;
+    const float* bias;
+    float* dst;
+    ImageStrides dst_strides;  // of the grid
+};
+
+// Row blocks' results in channel planes: y [positions, nb] of grid positions [q0, q1) to their places.
+static void store_planes(const ConvProduct& a, const Slice& s, const float* y, int64_t ldy, int64_t q0, int64_t q1,
+                         int64_t channel, int64_t channels) {
+    const ImageStrides& d = a.dst_strides;
+    const int64_t columns = a.gather.w.grid;
+    // Rows that follow each other in memory are one run.
+    const int64_t run = d.w == 1 && d.h == columns ? s.rows * columns : columns;
+    for (int64_t q = q0, end; q < q1; q = end) {
+        end = smaller(q1, (q / run + 1) * run);
+        const int64_t row = q / columns;
+        float* to = a.dst + (s.n + row / s.rows) * d.n + channel * d.c + (s.u + row % s.rows) * d.h + q % columns * d.w;
+        const float* from = y + (q - q0) * ldy;
+        if (d.w == 1) {
+            transpose(from, ldy, to, d.c, end - q, channels);
+        } else {
+            for (int64_t p = 0; p < end - q; ++p)
+                for (int64_t c = 0; c < channels; ++c) to[p * d.w + c * d.c] = from[p * ldy + c];
+        }
+    }
+}
+
+// Where the positions of a slice's grid rows [first, stop) lie in the packed source and in y: the output itself, or
+// rows of nb floats where it has planes.
+static void place_rows(const ConvProduct& a, const Slice& s, int64_t first, int64_t stop, int64_t* x_at,
+                       int64_t* y_at) {
+    const int64_t columns = a.gather.w.grid;
+    for (int64_t row = first; row < stop; ++row) {
+        const int64_t i = row / s.rows, u = row % s.rows, start = row_start(a.gather, a.slices, i, u);
+        const int64_t y = (s.n + i) * a.dst_strides.n + (s.u + u) * a.dst_strides.h;
+        for (int64_t v = 0; v < columns; ++v) {
+            const int64_t q = row * columns + v;
+            x_at[q] = start + v * a.gather.w.step * a.slices.side;
+            y_at[q] = a.dst_strides.c == 1 ? y + v * a.dst_strides.w : q * a.nb;
+        }
+    }
+}
+
+// Row block r at positions [q0, q1) of a slice; scratch holds a chunk of packed weights and, for planes, y.
+static void direct_product(const ConvProduct& a, const Slice& s, const float* packed, const int64_t* x_at,
+                           const int64_t* y_at, int64_t r, int64_t q0, int64_t q1, float* scratch, float* planes) {
+    const bool rows = a.dst_strides.c == 1, pair = a.nb == VLEN;
+    const int64_t block = a.nb * a.kb, real = smaller(a.nb, a.n - r * a.nb);
+    ConvTile t;
+    t.distance = a.distance, t.idx = a.idx, t.block = block, t.kb = a.kb, t.ldw = pair ? 2 * VLEN : a.nb;
+    t.bias = a.bias ? a.bias + r * a.nb : nullptr;
+    t.x = packed, t.x_at = x_at, t.y_at = y_at, t.y = rows ? a.dst + r * a.nb : planes;
+    const int64_t end = a.ptr[r + 1];
+    t.begin = a.ptr[r];
+    do {
+        t.end = smaller(t.begin + a.chunk, end), t.first = t.begin == a.ptr[r];
+        if (!a.pack) {
+            t.weights = a.values, t.slot = a.slot;
+        } else {
+            t.slot = nullptr, t.weights = a.early ? a.weights + t.begin * block : scratch;
+            for (int64_t e = t.begin; e < t.end && !a.early; ++e)
+                pack_block(a.values + a.slot[e] * block, a.stride_n, a.stride_k, a.nb, a.kb,
+                           scratch + (e - t.begin) * block);
+        }
+        for (int64_t o = 0; o < real; o += pair ? VLEN : 2 * VLEN) {
+            t.n0 = smaller(VLEN, real - o), t.n1 = pair ? 0 : larger(0, smaller(VLEN, real - o - VLEN));
+            if (pair)
+                conv_rows<kRows, true>(t, q0, q1, o);
+            else
+                conv_rows<kRows, false>(t, q0, q1, o);
+        }
+        t.begin = t.end;
+    } while (t.begin < end);
+    if (!rows) store_planes(a, s, planes + q0 * a.nb, a.nb, q0, q1, r * a.nb, real);
+}
+
+// The rows that positions [q0, q1) multiply, transposed: [taps * k_blocks * kb][panel_width].
+static void gather_panel(const ConvProduct& a, const float* packed, const int64_t* x_at, int64_t q0, int64_t q1,
+                         float* panel) {
+    const SlicePlan& p = a.slices;
+    const int64_t columns = a.gather.w.grid, depth = a.k_blocks * a.kb;
+    for (int64_t tap = 0; tap < a.taps; ++tap) {
+        if (!has_tap(a.gather, tap)) continue;
+        const float* from = packed + tap_distance(a.gather, p, tap);
+        float* to = panel + tap * depth * a.panel_width;
+        for (int64_t strip = 0; strip < p.strips; ++strip)
+            for (int64_t q = q0, end; q < q1; q = end) {
+                end = smaller(q1, (q / columns + 1) * columns);
+                transpose(from + strip * p.strip + x_at[q], a.gather.w.step * p.side,
+                          to + strip * p.side * a.panel_width + q - q0, a.panel_width, end - q,
+                          smaller(p.side, depth - strip * p.side));
+            }
+    }
+}
+
+template <int NO, int NV>
+static void panel_product(const SpmmOperands& a, const float* panel, float* out, float* y, int64_t rows) {
+    panel_tiles<NO, NV>(a, panel, out, y, rows, 0, ceil_div(a.n, a.nb));
+}
+
+// All outputs at positions [q0, q1) <= panel_width of a slice; scratch: panel, outputs of a tile, y [panel_width][n].
+static void panel_positions(const ConvProduct& a, const Slice& s, const float* packed, const int64_t* x_at,
+                            const int64_t* y_at, int64_t q0, int64_t q1, float* scratch) {
+    SpmmOperands b;
+    b.n = a.n, b.k = a.taps * a.k_blocks * a.kb, b.nb = a.nb, b.kb = a.kb;
+    b.ptr = a.ptr, b.idx = a.idx, b.slot = a.slot, b.ptr_k = a.ptr_k, b.idx_k = a.idx_k, b.slot_k = a.slot_k;
+    b.weights = a.values, b.stride_n = a.stride_n, b.stride_k = a.stride_k, b.bias = a.bias;
+    float* panel = scratch;
+    float* out = panel + b.k * a.panel_width;
+    float* rows = out + (a.outer ? a.n : kPanelOutputs) * a.panel_width;
+    gather_panel(a, packed, x_at, q0, q1, panel);
+    b.ldy = a.dense ? a.dst_strides.w : a.n;
+    float* y = a.dense ? a.dst + y_at[q0] : rows;
+    if (a.outer)
+        outer_tiles(b, panel, out, y, q1 - q0);
+    else if (a.nb >= kWideOutputs)
+        panel_product<kWideOutputs, 3>(b, panel, out, y, q1 - q0);
+    else
+        panel_product<4, 6>(b, panel, out, y, q1 - q0);
+    if (a.dense) return;
+    if (a.dst_strides.c != 1) return store_planes(a, s, rows, a.n, q0, q1, 0, a.n);
+    for (int64_t q = q0; q < q1; ++q)
+        for (int64_t c = 0; c < a.n; ++c) a.dst[y_at[q] + c] = rows[(q - q0) * a.n + c];
+}
+
+}  // namespace sk::SK_ISA

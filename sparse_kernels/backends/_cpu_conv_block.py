@@ -1,0 +1,103 @@
+"""The convolution of the `cpu` backend for blocks other than 1x1: calls of csrc/cpu/conv_block.cpp.
+
+Images go to the kernels by address and strides, channels_last or contiguous, and their results have the memory format
+that ops/conv.py promises. A 1x1 convolution of channels_last images that takes every pixel is `_cpu_block`'s linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..topology import WeightIndex
+from . import _cpu_block
+from ._cpu_conv_unstructured import conv_shape, strides
+from ._cpu_launch import launch, native_index
+from .reference import memory_format
+from .registry import ConvGeometry
+
+
+def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
+    """`Y [N, out, H', W'] = conv(X, W) + bias` in the memory format of `x`."""
+    shape, form = [x.shape[0], index.out, *conv.output_size(x.shape[2], x.shape[3])], memory_format(x)
+    x, conv = _taken(x, conv)
+    rows = _rows(x, conv)
+    if rows is not None and form == torch.channels_last:
+        return _images(_cpu_block.spmm(rows, values, index, bias), shape)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    x = _addressable(x)
+    w, sizes = native_index(index), conv_shape(x, conv)
+    launch("conv_block_spmm", (w, sizes), w, sizes, values, x, strides(x), bias, y, strides(y))
+    return y
+
+
+def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
+    """The input gradient, in the shape and memory format of `x_like`."""
+    shape, form = list(x_like.shape), memory_format(x_like)
+    rows = _rows(dy, conv)
+    if rows is not None and form == torch.channels_last:
+        return _images(_cpu_block.spmm_t(rows, values, index), shape)
+    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=form)
+    dy = _addressable(dy)
+    w, sizes = native_index(index), conv_shape(dx, conv)
+    launch("conv_block_spmm_t", (w, sizes), w, sizes, values, dy, strides(dy), dx, strides(dx))
+    return dx
+
+
+def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
+    """`dW [nnzb, bh, bw]`: the weight gradient at the active blocks, padding zero."""
+    x, conv = _taken(x, conv)
+    x_rows, dy_rows = _rows(x, conv), _rows(dy, conv)
+    if x_rows is not None and dy_rows is not None:
+        return _cpu_block.sddmm(dy_rows, x_rows, index)
+    x, dy = _addressable(x), _addressable(dy)
+    dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
+    w, sizes = native_index(index), conv_shape(x, conv)
+    launch("conv_block_sddmm", (w, sizes), w, sizes, dy, strides(dy), x, strides(x), dvalues)
+    return dvalues
+
+
+def dense_grad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
+    """The dense weight gradient, tap-major: `[out, taps · in]`, by oneDNN."""
+    out, in_ = dy.shape[1], x.shape[1]
+    weight = x.new_empty(out, in_, *conv.kernel)  # only its shape is read
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1, [False, True, False]
+    )
+    return grad.permute(0, 2, 3, 1).reshape(out, -1)
+
+
+def _taken(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """The rows and columns of `x` that a kernel of one takes, so that none are packed in vain, and what is left of
+    the stride."""
+    stride = list(conv.stride)
+    if conv.kernel[0] == 1 and conv.padding[0] == 0:
+        x, stride[0] = x[:, :, :: stride[0]], 1
+    if conv.kernel[1] == 1 and conv.padding[1] == 0 and x.stride(1) == 1:
+        x, stride[1] = x[:, :, :, :: stride[1]], 1
+    return x, replace(conv, stride=(stride[0], stride[1]))
+
+
+def _addressable(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where neither its channels nor its columns lie side by side."""
+    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+
+
+def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
+    """The pixels of `x [N, C, H, W]` as rows `[N·H·W, C]` without a copy, where the convolution is linear on them."""
+    n, c, h, w = x.shape
+    if conv.kernel != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+        return None
+    pixel = x.stride(3)
+    if x.stride(1) != 1 or pixel < c or x.stride(2) != w * pixel or x.stride(0) != h * w * pixel:
+        return None
+    return x.as_strided([n * h * w, c], [pixel, 1])
+
+
+def _images(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows `[N·H·W, C]` as channels_last images of `shape` `[N, C, H, W]`."""
+    n, c, h, w = shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -1,0 +1,259 @@
+"""The native block-CSR convolution against dense fp64, primitive by primitive, on every instruction set."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from sparse_kernels import _native
+from sparse_kernels.backends import ConvGeometry, get
+from sparse_kernels.patterns import Block
+from sparse_kernels.topology import Topology, WeightIndex
+
+pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
+
+SIDES = (1, 4, 8, 16, 32, 64)
+BLOCKS = [Block(bh, bw) for bh, bw in itertools.product(SIDES, SIDES) if bh * bw > 1]
+SOME = [Block(32, 32), Block(16, 16), Block(8, 8), Block(64, 16), Block(16, 1), Block(1, 16), Block(4, 64)]
+ISAS = _native.native().isa_names() if _native.why_unavailable() is None else ["none"]
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+# (geometry, N, in, out, H, W): what breaks peers, the edges of tiles, and every kind of gather.
+CASES = {
+    "3x3": (ConvGeometry((3, 3), padding=(1, 1)), 2, 70, 40, 9, 7),
+    "small image": (ConvGeometry((3, 3), padding=(1, 1)), 3, 32, 64, 8, 8),
+    "stride 2": (ConvGeometry((3, 3), (2, 2), (1, 1)), 1, 20, 36, 9, 8),
+    "uneven": (ConvGeometry((3, 2), (1, 3), (2, 0), (2, 1)), 2, 33, 17, 6, 11),
+    "1x1": (ConvGeometry((1, 1)), 2, 40, 48, 5, 6),
+    "1x1 stride 2": (ConvGeometry((1, 1), (2, 2)), 2, 40, 24, 5, 7),
+    "kernel beyond image": (ConvGeometry((5, 7), padding=(3, 4)), 1, 5, 9, 2, 1),
+    "padding beyond kernel": (ConvGeometry((1, 2), (1, 2), (2, 3)), 1, 3, 12, 3, 4),
+    "one channel": (ConvGeometry((3, 3), padding=(1, 1)), 5, 1, 16, 5, 4),
+    "one pixel": (ConvGeometry((3, 3), padding=(1, 1)), 3, 20, 20, 1, 1),
+    "conv1d": (ConvGeometry((1, 5), (1, 2), (0, 2), (1, 2)), 2, 24, 16, 1, 37),
+    "stride beyond kernel": (ConvGeometry((2, 1), (3, 2)), 1, 17, 8, 8, 5),
+    "no images": (ConvGeometry((3, 3), padding=(1, 1)), 0, 16, 16, 4, 4),
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn, with outputs and workspaces poisoned with NaN."""
+    native = _native.native()
+    before, threads = native.isa_name(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    native.set_isa(request.param)
+    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN, bytes with 0xff, which is NaN too
+    yield request.param
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    native.set_isa(before)
+
+
+def make(pattern: Block, out: int, in_: int, taps: int, density: float) -> tuple[Topology, Tensor]:
+    """A random topology whose slots are shuffled, and its values."""
+    rng = torch.Generator().manual_seed(0)
+    rows, cols = pattern.grid(out, in_)
+    cols *= taps
+    flat = torch.randperm(rows * cols, generator=rng)[: round(density * rows * cols)]
+    topology = Topology(out, in_, pattern, flat // cols, flat % cols, taps=taps)
+    return topology, topology.gather(torch.randn(out, taps * in_, generator=rng)).contiguous()
+
+
+def image(*shape: int, seed: int, memory_format: torch.memory_format = LAST) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return x.contiguous(memory_format=memory_format)
+
+
+def weight_of(dense: Tensor, conv: ConvGeometry, in_: int) -> Tensor:
+    """The tap-major `[out, taps · in]` as torch's `[out, in, R, S]`."""
+    return dense.view(dense.shape[0], *conv.kernel, in_).permute(0, 3, 1, 2)
+
+
+def rows_of(weight: Tensor) -> Tensor:
+    """The inverse of `weight_of`."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def exact(conv: ConvGeometry, weight: Tensor, x: Tensor, dy: Tensor, topology: Topology) -> dict[str, Tensor]:
+    """All three products, dense, at the precision given."""
+    where = conv.stride, conv.padding, conv.dilation
+    if x.shape[0] == 0:
+        return {"y": F.conv2d(x, weight, None, *where), "dx": x, "dw": 0 * topology.gather(rows_of(weight))}
+    return {
+        "y": F.conv2d(x, weight, None, *where),
+        "dx": conv2d_input(list(x.shape), weight, dy, *where),
+        "dw": topology.gather(rows_of(conv2d_weight(x, list(weight.shape), dy, *where))),
+    }
+
+
+@functools.lru_cache(maxsize=len(CASES) * len(BLOCKS))
+def problem(pattern: Block, name: str, density: float = 0.4) -> dict[str, Any]:
+    """Operands of one case, its exact products and the sums of their absolute terms, shared by the instruction sets."""
+    conv, n, in_, out, h, w = CASES[name]
+    topology, values = make(pattern, out, in_, conv.kernel[0] * conv.kernel[1], density)
+    x, dy = image(n, in_, h, w, seed=1), image(n, out, *conv.output_size(h, w), seed=2)
+    bias = torch.randn(out, generator=torch.Generator().manual_seed(3))
+    weight = weight_of(topology.scatter(values).double(), conv, in_)
+    want = exact(conv, weight, x.double(), dy.double(), topology)
+    terms = exact(conv, weight.abs(), x.double().abs(), dy.double().abs(), topology)
+    want["y"] = want["y"] + bias.double()[:, None, None]
+    terms["y"] = terms["y"] + bias.double().abs()[:, None, None]
+    return {"operands": (topology.weight_index(), values, x, dy, bias, conv), "want": want, "terms": terms}
+
+
+def run(
+    index: WeightIndex, values: Tensor, x: Tensor, dy: Tensor, bias: Tensor | None, conv: ConvGeometry
+) -> dict[str, Tensor]:
+    cpu = get("cpu")
+    return {
+        "y": cpu.spmm(x, values, index, bias, conv),
+        "dx": cpu.spmm_t(dy, values, index, conv, x),
+        "dw": cpu.sddmm(dy, x, index, conv),
+    }
+
+
+def assert_close(got: dict[str, Tensor], case: dict[str, Any]) -> None:
+    """|got - want| <= 2 n eps sum|terms| for n-term dot products, far below what a missing or doubled term costs."""
+    for what, result in got.items():
+        want, budget = case["want"][what], 1e-6 * case["terms"][what] + 1e-30
+        assert result.shape == want.shape and result.dtype == torch.float32, what
+        assert torch.isfinite(result).all(), f"{what}: not all written, or memory outside the operands was read"
+        assert ((result - want).abs() <= budget).all(), what
+
+
+@pytest.mark.parametrize("pattern", BLOCKS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_products_match_dense(isa: str, pattern: Block, name: str) -> None:
+    case = problem(pattern, name)
+    index, values, x, dy, bias, conv = case["operands"]
+    torch.set_num_threads(1 + len(name) % 2)
+    assert_close(run(index, values, x, dy, bias, conv), case)
+    planes = run(index, values, x.contiguous(), dy.contiguous(), bias, conv)
+    assert_close(planes, case)
+    if x.numel() > x.shape[0] * x.shape[1] > x.shape[0]:
+        assert planes["y"].is_contiguous() and planes["dx"].is_contiguous()
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_empty_rows_and_full_topologies(isa: str, pattern: Block, density: float) -> None:
+    case = problem(pattern, "3x3", density)
+    assert_close(run(*case["operands"]), case)
+
+
+# More than a shared slice holds: slices of rows, of images, and a thread's own gradient.
+@pytest.mark.parametrize("shape", [(2, 96, 64, 70, 62), (40, 70, 32, 19, 20)], ids=str)
+@pytest.mark.parametrize("geometry", ["3x3", "stride 2"])
+@pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 16), Block(8, 8), Block(1, 16)], ids=str)
+def test_slices(isa: str, pattern: Block, geometry: str, shape: tuple[int, int, int, int, int]) -> None:
+    conv, (n, in_, out, h, w) = CASES[geometry][0], shape
+    topology, values = make(pattern, out, in_, 9, 0.05)
+    index, x = topology.weight_index(), image(n, in_, h, w, seed=1)
+    dy = image(n, out, *conv.output_size(h, w), seed=2)
+    weight = weight_of(topology.scatter(values), conv, in_)
+    want = exact(conv, weight, x, dy, topology)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got, again = run(index, values, x, dy, None, conv), run(index, values, x, dy, None, conv)
+        assert all(torch.equal(got[what], again[what]) for what in got)
+        results.append(got)
+    torch.set_num_threads(1)
+    for got in results:
+        assert torch.equal(got["y"], results[0]["y"]) and torch.equal(got["dx"], results[0]["dx"])
+        for what in got:
+            assert torch.isfinite(got[what]).all()
+            torch.testing.assert_close(got[what], want[what], rtol=1e-3, atol=1e-4 * float(want[what].abs().max()))
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+def test_views_of_any_strides(isa: str, pattern: Block) -> None:
+    case = problem(pattern, "3x3")
+    index, values, x, dy, bias, conv = case["operands"]
+    n, c, h, w = x.shape
+    padded = torch.full((n, h + 1, w + 2, c + 3), float("nan"))
+    padded[:, 1:, 2:, 3:] = x.permute(0, 2, 3, 1)
+    last = padded[:, 1:, 2:, 3:].permute(0, 3, 1, 2)
+    planes = torch.full((n, c + 1, h + 1, w + 2), float("nan"))
+    planes[:, 1:, 1:, 2:] = x
+    neither = x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
+    wide = torch.full((n, dy.shape[1] * 2, *dy.shape[2:]), float("nan"))
+    wide[:, ::2] = dy
+    for view in (last, planes[:, 1:, 1:, 2:], neither):
+        assert_close(run(index, values, view, wide[:, ::2], bias, conv), case)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+def test_nan_and_inf_reach_what_they_touch_and_nothing_else(isa: str, pattern: Block, bad: float) -> None:
+    conv, n, in_, out, h, w = CASES["3x3"]
+    topology, values = make(pattern, out, in_, 9, 0.4)
+    index, cpu = topology.weight_index(), get("cpu")
+    reach = weight_of(topology.scatter(topology.gather(torch.ones(out, 9 * in_))), conv, in_)
+    x, dy = image(n, in_, h, w, seed=1), image(n, out, h, w, seed=2)
+    at_x, at_dy = torch.zeros_like(x), torch.zeros_like(dy)
+    at_x[1, in_ - 1, 0, 0] = at_dy[0, out - 1, h - 1, w - 1] = 1
+    x[at_x.bool()], dy[at_dy.bool()] = bad, bad
+    y = cpu.spmm(x, values, index, None, conv)
+    assert torch.equal(~torch.isfinite(y), F.conv2d(at_x, reach, None, padding=1) > 0)
+    dx = cpu.spmm_t(dy, values, index, conv, x)
+    assert torch.equal(~torch.isfinite(dx), conv2d_input(list(x.shape), reach, at_dy, padding=1) > 0)
+    dw = cpu.sddmm(dy, torch.ones_like(x), index, conv)
+    hit = conv2d_weight(torch.ones_like(x), list(reach.shape), at_dy, padding=1) > 0
+    # The border is zero, and zero times infinity is NaN: a tap that meets it may be hit as well.
+    assert (~torch.isfinite(dw))[topology.gather(rows_of(hit.float())) > 0].all()
+    assert (dw[topology.gather(torch.ones(out, 9 * in_)) == 0] == 0).all(), "padding must stay zero"
+
+
+@pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 1), Block(8, 8)], ids=str)
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "1x1", "uneven"])
+def test_block_scores_are_the_squared_norms_of_every_block(pattern: Block, name: str) -> None:
+    case = problem(pattern, name)
+    index, _, x, dy, _, conv = case["operands"]
+    shape = [index.out, index.in_, *conv.kernel]
+    grad = conv2d_weight(x.double(), shape, dy.double(), conv.stride, conv.padding, conv.dilation)
+    want = index.blocks(rows_of(grad)).square().sum(dim=(1, 2)).view(index.row_blocks, index.col_blocks)
+    for one, other in ((x, dy), (x.contiguous(), dy.contiguous())):
+        got = get("cpu").block_scores(other, one, index, conv)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_two_python_threads_at_once() -> None:
+    case = problem(Block(32, 32), "small image")
+    alone = run(*case["operands"])
+    results: list[dict[str, Tensor]] = []
+    threads = [threading.Thread(target=lambda: results.extend(run(*case["operands"]) for _ in range(20))) for _ in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 40
+    assert all(torch.equal(result[what], alone[what]) for result in results for what in alone)
+
+
+def test_launchers_refuse_what_they_cannot_run() -> None:
+    native = _native.native()
+    index = native.BlockIndex(64, 64, 8, 8, 0, *[0] * 6)
+    strides, broken = native.ImageStrides(64, 1, 64, 64), native.ImageStrides(64, 2, 64, 64)
+    good = native.ConvShape(1, 4, 4, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1)
+    wrong = native.ConvShape(1, 4, 4, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1)
+    odd = native.BlockIndex(64, 64, 5, 8, 0, *[0] * 6)
+    for w, shape, layout, threads in [
+        (odd, good, strides, 1),
+        (index, wrong, strides, 1),
+        (index, good, broken, 1),
+        (index, good, strides, 0),
+    ]:
+        assert native.conv_block_spmm(w, shape, 0, 0, layout, 0, 0, layout, threads, 0) != 0
+        assert native.conv_block_spmm_t(w, shape, 0, 0, layout, 0, layout, threads, 0) != 0
+        assert native.conv_block_sddmm(w, shape, 0, layout, 0, layout, 0, threads, 0) != 0
