@@ -118,7 +118,7 @@ def _reasons(named: Mapping[str, str]) -> str:
     """Who did not take part, a line for each peer and reason, from "peer, variant" and its reason."""
     variants: dict[tuple[str, str], list[str]] = {}
     for name, reason in named.items():
-        peer, _, variant = name.partition(", ")
+        peer, _, variant = name.rpartition(", ")
         variants.setdefault((peer, reason), []).append(variant)
     return "".join(f"  {peer} not in {', '.join(of)}: {reason}\n" for (peer, reason), of in variants.items())
 

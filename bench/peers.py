@@ -6,6 +6,7 @@ dense result before it is timed. Those that cannot run on this kind of machine a
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.util
@@ -226,6 +227,8 @@ def _sparseprop_serves(job: Job) -> str | None:
 def _sparseprop(job: Job) -> Callable[[], Results]:
     from sparseprop.modules import SparseConv2d, SparseLinear
 
+    # Its OpenMP runtime may be another one than torch's, which would then use every core whatever torch is told.
+    ctypes.CDLL("libgomp.so.1").omp_set_num_threads(torch.get_num_threads())
     if job.op == "linear":
         return _module(job, SparseLinear(job.weight))
     # Its convolutions take NCHW. The default form is silently wrong unless the batch divides by 8.
@@ -268,7 +271,7 @@ def _seconds(run: Callable[[], Any]) -> float:
 PEERS = (
     Peer("torch CSR (MKL)", "torch", "pip install torch", _csr_serves, _csr),
     Peer("torch BSR (MKL)", "torch", "pip install torch", _bsr_serves, _bsr),
-    Peer("scipy.sparse", "scipy", "pip install scipy", _scipy_serves, _scipy),
+    Peer("scipy.sparse, one thread", "scipy", "pip install scipy", _scipy_serves, _scipy),
     Peer(
         "SparseProp",
         "sparseprop",

@@ -6,6 +6,7 @@ counts. Rows written before a field existed are read with that field's default.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,15 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
+@functools.cache
+def _peer_versions() -> dict[str, str]:
+    versions = {}
+    for package in ("scipy", "sparseprop"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def machine() -> dict[str, Any]:
     """What a row must say of where it was measured."""
     return {
@@ -122,6 +133,7 @@ def machine() -> dict[str, Any]:
         "isa": _native.native().isa_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **_peer_versions(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

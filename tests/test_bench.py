@@ -48,7 +48,7 @@ def test_list_names_cases_variants_and_absent_peers(tiny, capsys) -> None:  # ty
     assert "tiny/P=48 K=64 (quick): block:16x16 S=0.5; unstructured S=0.75" in text
     for case in ("conv", "gru", "linear", "bf16", "scores", "regrow", "memory", "step", "forward"):
         assert f"\n{case}: " in f"\n{text}"
-    assert "stk: CUDA only" in text and "scipy.sparse: present" in text
+    assert "stk: CUDA only" in text and "scipy.sparse, one thread: present" in text
 
 
 def test_run_writes_rows_with_everything_a_reader_needs(tiny, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -73,7 +73,7 @@ def test_run_writes_rows_with_everything_a_reader_needs(tiny, tmp_path, capsys) 
     assert met.verdict == "met" and not met.forbidden
     assert impossible.verdict == "forbidden" and "take" in impossible.forbidden and impossible.forbidden in text
     assert "1 met, 0 missed, 1 forbidden" in text
-    assert "scipy.sparse not in block:16x16 S=0.5, unstructured S=0.75: scipy.sparse has no product" in text
+    assert "scipy.sparse, one thread not in block:16x16 S=0.5, unstructured S=0.75: scipy.sparse has no product" in text
 
 
 def test_filters(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
