@@ -52,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench run", description=run.__doc__)
     parser.add_argument("cases", nargs="*", help="case names or case/problem globs (default: all), see list")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure at")
-    parser.add_argument("--isa", help="instruction set of our kernels, as SPARSE_KERNELS_ISA")
+    parser.add_argument("--isa", help="instruction set of our kernels, as SPARSE_KERNELS_ISA; the rivals keep "
+                        "theirs")  # fmt: skip
     parser.add_argument("--pattern", nargs="+", default=[], help="only these patterns")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[], help="only these sparsities")
     parser.add_argument("--quick", action="store_true", help="one shape of each case and few rounds")

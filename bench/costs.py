@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,23 @@ class Case:
     positions: int
 
 
+def normal(shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One random leaf as the arguments of a forward; an image is channels_last."""
+    import torch
+
+    form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return (torch.randn(shape).to(memory_format=form).requires_grad_(),), {}
+
+
 def cases() -> Iterator[Case]:
     """Shapes from small to large; a prediction is made of the nearest three."""
-    import torch
     from torch import nn
 
     linear = ("unstructured", "block:8x8", "block:16x1", "block:16x16", "block:32x32")
     for positions, size in [(64, 128), (256, 256), (1024, 512), (1024, 1024), (4096, 512), (512, 2048)]:
         yield Case(
             "linear", f"{size} to {size}, {positions} rows", linear, (0.25, 0.5, 0.75, 0.9), nn.Linear(size, size),
-            lambda positions=positions, size=size: ((torch.randn(positions, size, requires_grad=True),), {}), positions,
+            partial(normal, (positions, size)), positions,
         )  # fmt: skip
     conv = ("unstructured", "block:16x16", "block:32x32")
     shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (1, 64, 16, 3),
@@ -74,9 +82,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, (0.25, 0.5, 0.75, 0.9),
             nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
-            lambda shape=(batch, channels, size, size): (
-                (torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(),), {},
-            ),
+            partial(normal, (batch, channels, size, size)),
             batch * size * size,
         )  # fmt: skip
     for batch, steps, features, hidden, layers in [(128, 64, 13, 96, 3), (32, 32, 64, 64, 1), (64, 32, 128, 256, 1)]:
@@ -84,7 +90,7 @@ def cases() -> Iterator[Case]:
             "gru", f"{features} to {hidden}, {layers} layers, bidirectional, B={batch}, T={steps}",
             ("unstructured", "block:16x16"), (0.0, 0.5, 0.75, 0.9),
             nn.GRU(features, hidden, layers, batch_first=True, bidirectional=True),
-            lambda shape=(batch, steps, features): ((torch.randn(shape, requires_grad=True),), {}), batch * steps,
+            partial(normal, (batch, steps, features)), batch * steps,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,21 @@ from torch import Tensor
 from bench.registry import Case, Ours, Prepared, Problem, Samples, Variant, Wrong
 from bench.roofline import limits
 from bench.rows import RESULTS, Row, machine
+from sparse_kernels.nn.weights import SparseLayer
 
-__all__ = ["RESULTS", "Outcome", "allocated_mib", "check_close", "interleave", "machine", "measure_problem"]
+__all__ = [
+    "RESULTS",
+    "Outcome",
+    "allocated_mib",
+    "attempt",
+    "check_close",
+    "interleave",
+    "machine",
+    "measure_problem",
+    "native",
+]
+
+Layer = TypeVar("Layer", bound=SparseLayer)
 
 PEER = "peer "  # how a peer's rival name begins
 
@@ -38,6 +51,25 @@ class Outcome:
     rows: list[Row]
     failures: dict[str, str]
     named: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def attempt(build: Callable[[], Ours]) -> Ours | Exception:
+    """What `build` returns, or why it could not: one variant that cannot be built must not end the others."""
+    try:
+        return build()
+    except Exception as error:
+        return error
+
+
+def native(layer: Layer) -> Layer:
+    """The layer, executed by the native kernels even where the cost table would rather densify it: what is measured is
+    the kernel, losses included.
+
+    Raises:
+        RuntimeError: they do not serve it, with the reason.
+    """
+    layer.execution = "cpu"
+    return layer
 
 
 def measure_problem(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.cases.conv import BATCH, SHAPES
-from bench.harness import check_close
+from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseConv2d, SparseLinear
 
@@ -32,14 +32,14 @@ def prepare_linear(positions: int, size: int, variants: tuple[Variant, ...]) -> 
         "oneDNN": lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
     }
 
-    def ours(variant: Variant) -> Ours | Exception:
+    def ours(variant: Variant) -> Ours:
         layer = SparseLinear(
             size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator
         )
         return _ours(variant, layer, x, lambda w: F.linear(x.float(), w), positions)
 
     rivals = (Rival("D1", "D1 torch bf16", tuple(dense), "F.linear or oneDNN, the quicker"),)
-    return Prepared(dense, rivals, {variant: ours(variant) for variant in variants})
+    return Prepared(dense, rivals, {variant: attempt(partial(ours, variant)) for variant in variants})
 
 
 def prepare_conv(channels: int, side: int, kernel: int, variants: tuple[Variant, ...]) -> Prepared:
@@ -49,7 +49,7 @@ def prepare_conv(channels: int, side: int, kernel: int, variants: tuple[Variant,
     weight = torch.randn(channels, channels, kernel, kernel, generator=generator) / (channels * kernel**2) ** 0.5
     weight = weight.bfloat16().contiguous(memory_format=last)
 
-    def ours(variant: Variant) -> Ours | Exception:
+    def ours(variant: Variant) -> Ours:
         layer = SparseConv2d(
             channels, channels, kernel, padding=pad, bias=False,
             pattern=variant.pattern, sparsity=variant.sparsity, generator=generator,
@@ -57,7 +57,7 @@ def prepare_conv(channels: int, side: int, kernel: int, variants: tuple[Variant,
         return _ours(variant, layer, x, lambda w: F.conv2d(x.float(), w, padding=pad), x.numel() // channels)
 
     rivals = (Rival("D1", "D1 torch bf16", ("conv",), "oneDNN channels_last"),)
-    built = {variant: ours(variant) for variant in variants}
+    built = {variant: attempt(partial(ours, variant)) for variant in variants}
     return Prepared({"conv": lambda: F.conv2d(x, weight, padding=pad)}, rivals, built)
 
 
@@ -67,9 +67,9 @@ def _ours(
     x: Tensor,
     dense: Callable[[Tensor], Tensor],
     positions: int,
-) -> Ours | Exception:
+) -> Ours:
     """`dense` computes the forward in fp32 from a dense weight; `positions` are rows of the product."""
-    layer.requires_grad_(False)
+    native(layer).requires_grad_(False)
 
     def run() -> Tensor:
         return layer(x)
@@ -87,7 +87,6 @@ def _ours(
         check,
         flops=2.0 * positions * layer.topology.nnz,
         moved=2.0 * x.nbytes + layer.values.nbytes,
-        note=layer.execution,
     )
 
 

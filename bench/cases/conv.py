@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import peers
-from bench.harness import check_close
+from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseConv2d
 from sparse_kernels.topology import Topology
@@ -53,19 +53,22 @@ def prepare(channels: int, side: int, kernel: int, with_peers: bool, variants: t
         x.grad = weight.grad = None
         F.conv2d(x, weight, padding=kernel // 2).backward(dy)
 
-    ours: dict[Variant, Ours] = {}
     named: dict[str, str] = {}
-    for variant in variants:
+
+    def build(variant: Variant) -> Ours:
         layer = SparseConv2d(
             channels, channels, kernel, padding=kernel // 2, bias=False,
             pattern=variant.pattern, sparsity=variant.sparsity, generator=generator,
         )  # fmt: skip
-        ours[variant] = sparse_step(variant, layer, x.detach(), dy)
+        made = sparse_step(variant, native(layer), x.detach(), dy)
         if with_peers:
             sparse = layer.dense_weight().detach()
             job = peers.Job(variant.pattern, peers.TRAINING, sparse, x.detach(), dy, kernel // 2)
-            ours[variant].peers, reasons = peers.contenders(job)
+            made.peers, reasons = peers.contenders(job)
             named.update({f"{name}, {variant.name}": reason for name, reason in reasons.items()})
+        return made
+
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     rivals = (Rival("D1", "D1 oneDNN channels_last", ("D1",)),)
     return Prepared({"D1": dense}, rivals, ours, named=named)
 
@@ -103,7 +106,7 @@ def sparse_step(variant: Variant, layer: SparseConv2d, x: Tensor, dy: Tensor) ->
         # As for linear: x forward and for dW, dx; y, dy once; the values twice and their gradient. Not the gathered x.
         moved=3.0 * x.nbytes + 2 * dy.nbytes + 3 * layer.values.nbytes,
         footprint=2 * x.nbytes + 2 * dy.nbytes + 2 * layer.values.nbytes,
-        note=f"{layer.execution}, {'contiguous' if unstructured else 'channels_last'}",
+        note="ours contiguous" if unstructured else "",
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bench import peers
 from bench.cases.conv import BATCH
 from bench.cases.linear import onednn
-from bench.harness import check_close
+from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseConv2d, SparseLinear
 
@@ -33,15 +33,14 @@ def prepare_linear(positions: int, size: int, variants: tuple[Variant, ...]) -> 
         "F.linear": lambda: F.linear(x, weight),
         "oneDNN": lambda: onednn(x, weight),
     }
-    layers = {
-        variant: SparseLinear(size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity)
-        for variant in variants
-    }
-    ours, named = {}, {}
-    for variant, layer in layers.items():
+    named: dict[str, str] = {}
+
+    def build(variant: Variant) -> Ours:
+        layer = SparseLinear(size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity)
         job = peers.Job(variant.pattern, peers.FORWARD, layer.dense_weight().detach(), x, x)
-        ours[variant], reasons = _ours(variant, layer, x, job)
-        named.update(reasons)
+        return _ours(variant, layer, x, job, named)
+
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     return Prepared(dense, (Rival("D2", "D2 {}", tuple(dense)),), ours, named=named)
 
 
@@ -52,23 +51,26 @@ def prepare_conv(channels: int, side: int, variants: tuple[Variant, ...]) -> Pre
     weight = (torch.randn(channels, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5).contiguous(
         memory_format=last
     )
-    ours, named = {}, {}
-    for variant in variants:
+    named: dict[str, str] = {}
+
+    def build(variant: Variant) -> Ours:
         layer = SparseConv2d(
             channels, channels, 3, padding=1, bias=False, pattern=variant.pattern, sparsity=variant.sparsity
         )
         own = x.contiguous() if variant.pattern == "unstructured" else x
         job = peers.Job(variant.pattern, peers.FORWARD, layer.dense_weight().detach(), own, own, padding=1)
-        ours[variant], reasons = _ours(variant, layer, own, job)
-        named.update(reasons)
+        return _ours(variant, layer, own, job, named)
+
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     rivals = (Rival("D1", "D1 oneDNN channels_last", ("conv",)),)
     return Prepared({"conv": lambda: F.conv2d(x, weight, padding=1)}, rivals, ours, named=named)
 
 
 def _ours(
-    variant: Variant, layer: SparseLinear | SparseConv2d, x: Tensor, job: peers.Job
-) -> tuple[Ours, dict[str, str]]:
-    layer.requires_grad_(False)
+    variant: Variant, layer: SparseLinear | SparseConv2d, x: Tensor, job: peers.Job, named: dict[str, str]
+) -> Ours:
+    """`named` takes what the peers that do not take part say."""
+    native(layer).requires_grad_(False)
     positions = x.numel() // job.weight.shape[1]
 
     def run() -> Tensor:
@@ -78,7 +80,8 @@ def _ours(
         check_close(run(), job.dense(), "forward")
 
     others, reasons = peers.contenders(job)
-    built = Ours(
+    named.update({f"{name}, {variant.name}": reason for name, reason in reasons.items()})
+    return Ours(
         variant,
         layer.topology.density,
         run,
@@ -86,9 +89,7 @@ def _ours(
         flops=2.0 * positions * layer.topology.nnz,
         moved=2.0 * x.nbytes + layer.values.nbytes,
         peers=others,
-        note=layer.execution,
     )
-    return built, {f"{name}, {variant.name}": reason for name, reason in reasons.items()}
 
 
 register(

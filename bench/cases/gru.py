@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.harness import check_close
+from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseGRU
 from sparsediff.models.chirodiff import GRUForm, run_gru
@@ -65,12 +65,13 @@ def prepare(hidden: int, variants: tuple[Variant, ...]) -> Prepared:
         "padded": step(copy.deepcopy(dense), x, lengths, dy, "padded"),
     }
     rivals = (Rival("D1", "D1 packed", ("packed",)), Rival("D2", "D2 {}", ("packed", "padded")))
-    return Prepared(functions, rivals, {variant: _ours(variant, dense, x, lengths, dy) for variant in variants})
+    ours = {variant: attempt(partial(_ours, variant, dense, x, lengths, dy)) for variant in variants}
+    return Prepared(functions, rivals, ours)
 
 
 def _ours(variant: Variant, dense: nn.GRU, x: Tensor, lengths: Tensor, dy: Tensor) -> Ours:
     generator = torch.Generator().manual_seed(1)
-    layer = SparseGRU.from_dense(dense, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator)
+    layer = native(SparseGRU.from_dense(dense, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator))
     kept, positions = nonzeros(layer), int(lengths.sum())
     # The first layer forms no input gradient.
     first = sum(count for key, count in kept.items() if key.startswith("weight_ih_l0"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import peers
-from bench.harness import check_close, interleave
+from bench.harness import attempt, check_close, interleave, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseLinear
 
@@ -74,20 +74,23 @@ def prepare(positions: int, size: int, with_peers: bool, variants: tuple[Variant
 
     d2, chosen = best_dense(x.detach(), weight.detach(), dy)
     rivals = (Rival("D1", "D1 F.linear", ("D1",)), Rival("D2", "D2 best dense", ("D2",), chosen))
-    ours: dict[Variant, Ours] = {}
     named: dict[str, str] = {}
     x_ours = x.detach().clone().requires_grad_()
-    for variant in variants:
-        layer = SparseLinear(
-            size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator
+
+    def build(variant: Variant) -> Ours:
+        layer = native(
+            SparseLinear(
+                size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator
+            )
         )
-        others: dict[str, Callable[[], peers.Results]] = {}
+        made = sparse_step(variant, layer, x_ours, dy)
         if with_peers:
             job = peers.Job(variant.pattern, peers.TRAINING, layer.dense_weight().detach(), x.detach(), dy)
-            others, reasons = peers.contenders(job)
+            made.peers, reasons = peers.contenders(job)
             named.update({f"{name}, {variant.name}": reason for name, reason in reasons.items()})
-        ours[variant] = sparse_step(variant, layer, x_ours, dy)
-        ours[variant].peers = others
+        return made
+
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     return Prepared({"D1": d1, "D2": d2}, rivals, ours, named=named)
 
 

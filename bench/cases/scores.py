@@ -10,6 +10,7 @@ large as the weight and have no such limit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bench.cases.conv import BATCH, SHAPES, matrix_of
 from bench.cases.linear import dense_products, quicker
-from bench.harness import check_close
+from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseConv2d, SparseLinear
 from sparse_kernels.nn.weights import sparse_weights
@@ -47,7 +48,7 @@ def prepare_conv(channels: int, side: int, kernel: int, variants: tuple[Variant,
         )
 
     expected = matrix_of(dense())
-    ours = {variant: _ours(variant, build(variant), x, dy, expected) for variant in variants}
+    ours = {variant: attempt(partial(_ours, variant, build, x, dy, expected)) for variant in variants}
     return Prepared({"dW": dense}, (Rival("dW", "dense dW", ("dW",), "oneDNN channels_last"),), ours)
 
 
@@ -61,12 +62,13 @@ def prepare_linear(positions: int, size: int, variants: tuple[Variant, ...]) -> 
     def build(variant: Variant) -> Layer:
         return SparseLinear(size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity)
 
-    ours = {variant: _ours(variant, build(variant), x, dy, expected) for variant in variants}
+    ours = {variant: attempt(partial(_ours, variant, build, x, dy, expected)) for variant in variants}
     return Prepared({"dW": ways[library]}, (Rival("dW", "dense dW", ("dW",), library),), ours)
 
 
-def _ours(variant: Variant, layer: Layer, x: Tensor, dy: Tensor, gradient: Tensor) -> Ours:
+def _ours(variant: Variant, build: Callable[[Variant], Layer], x: Tensor, dy: Tensor, gradient: Tensor) -> Ours:
     """The backward that forms the scores alone; `gradient [out, R·S·in]` is the dense one."""
+    layer = native(build(variant))
     if variant.pattern == "unstructured" and x.dim() == 4:
         x, dy = x.contiguous(), dy.contiguous()
     layer.requires_grad_(False)
@@ -88,7 +90,6 @@ def _ours(variant: Variant, layer: Layer, x: Tensor, dy: Tensor, gradient: Tenso
         flops=2.0 * (dy.numel() // gradient.shape[0]) * gradient.numel(),
         moved=float(x.nbytes + dy.nbytes + 4 * tap.numel()),
         limit_mib=None if variant.pattern == "unstructured" else LIMIT_MIB,
-        note=layer.execution,
     )
 
 
