@@ -49,9 +49,9 @@ struct Target {
 // What one worker has to itself.
 struct Desk {
     ConvLanes* lanes;       // of each kernel column and for writing
-    ConvVectorRow* rows;    // of a tile
+    ConvVectorRow* rows;    // of the tiles of a chunk
     ConvVectorRow* writes;  // [kMaxHeight]
-    float *tile, *panel;
+    float *tiles, *panel;   // of a chunk; of outputs
 };
 
 // The workspace of any of the three products.
@@ -74,7 +74,7 @@ struct Plan {
         const ConvTiling& tiling = index.tiling;
         group_rows = std::min(tiling.group_taps(), w.taps) * kMaxHeight;
         lane_count = (conv.kernel_w + 1) * (conv.kernel_h == 1 ? kMaxHeight : 1);
-        tile_floats = round_up(tiling.chunk, kVectorRow) * group_rows * kVectorRow;
+        tile_floats = round_up(tiling.chunk, kVectorRow) * w.taps * kMaxHeight * kVectorRow;
         panel_floats = round_up(w.rows, kVectorRow) * kMaxHeight * kVectorRow;
         Arena arena(workspace);
         offsets = arena.take<int64_t>(conv.kernel_h + conv.kernel_w);
@@ -85,17 +85,18 @@ struct Plan {
         stream.locals = arena.take<uint16_t>(entries + kReadAhead);
         stream.runs = arena.take<ConvRun>(tiling.tiles() * w.rows);
         first.lanes = arena.take<ConvLanes>(lane_count * workers);
-        first.rows = arena.take<ConvVectorRow>(group_rows * workers);
+        first.rows = arena.take<ConvVectorRow>(tiling.groups * group_rows * workers);
         first.writes = arena.take<ConvVectorRow>(kMaxHeight * workers);
-        first.tile = arena.take<float>(tile_floats * workers);
+        first.tiles = arena.take<float>(tile_floats * workers);
         first.panel = arena.take<float>(panel_floats * workers);
         sums = arena.take<float>(entries * copies);
         bytes = arena.used;
     }
 
     Desk desk(int64_t worker) const {
-        return {first.lanes + worker * lane_count, first.rows + worker * group_rows, first.writes + worker * kMaxHeight,
-                first.tile + worker * tile_floats, first.panel + worker * panel_floats};
+        return {first.lanes + worker * lane_count, first.rows + worker * index.tiling.groups * group_rows,
+                first.writes + worker * kMaxHeight, first.tiles + worker * tile_floats,
+                first.panel + worker * panel_floats};
     }
     ConvSource* sources_of(int64_t group) const { return sources + group * group_rows; }
     void lay_out(const ConvPanels& panels) const {
@@ -109,13 +110,24 @@ struct Plan {
         for (int64_t t = from; t < index.tiling.tiles(); t += step)
             conv_fill(w, index, groups[t % index.tiling.groups], values, t, stream);
     }
-    // Packs one tile of a panel of x.
-    void pack(const ConvUnstructuredTable& kernels, const ConvPanels& panels, int64_t panel, int64_t tile,
+    // Where the tile of a group lies among those of a chunk.
+    int64_t tile_at(int64_t group) const {
+        int64_t rows = 0;
+        for (int64_t g = 0; g < group; ++g) rows += groups[g].rows;
+        return round_up(index.tiling.chunk, kVectorRow) * rows * kVectorRow;
+    }
+    // Packs the tiles of a chunk for one panel of x.
+    void pack(const ConvUnstructuredTable& kernels, const ConvPanels& panels, int64_t panel, int64_t chunk,
               const Source& x, const Desk& desk) const {
-        const int64_t g = tile % index.tiling.groups, c = tile / index.tiling.groups * index.tiling.chunk;
-        conv_read_rows(panels, panel, x.strides, groups[g], sources_of(g), desk.lanes, desk.rows);
-        kernels.pack(x.data + c * x.strides.c, x.strides.c, std::min(index.tiling.chunk, w.cols - c), desk.rows,
-                     groups[g].rows, desk.tile);
+        int64_t rows = 0;
+        for (int64_t g = 0; g < index.tiling.groups; ++g) {
+            conv_read_rows(panels, panel, x.strides, groups[g], sources_of(g), desk.lanes, tile_at(g),
+                           desk.rows + rows);
+            rows += groups[g].rows;
+        }
+        const int64_t c = chunk * index.tiling.chunk;
+        kernels.pack(x.data + c * x.strides.c, x.strides.c, std::min(index.tiling.chunk, w.cols - c), desk.rows, rows,
+                     desk.tiles);
     }
 };
 
@@ -133,10 +145,11 @@ void multiply(const Plan& plan, const ConvPanels& panels, const float* values, c
         for (int64_t p = id; p < panels.count; p += team) {
             conv_lanes(panels, p, x.strides, y.strides, desk.lanes);
             for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
-                const int64_t start = kQuad * index.quads[t];
-                plan.pack(kernels, panels, p, t, x, desk);
+                const int64_t start = kQuad * index.quads[t], group = t % index.tiling.groups;
+                if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, x, desk);
                 kernels.spmm_tile(plan.stream.runs + t * plan.w.rows, index.counts[t], plan.stream.weights + start,
-                                  plan.stream.locals + start, desk.tile, desk.panel, panels.height, t == 0, bias);
+                                  plan.stream.locals + start, desk.tiles + plan.tile_at(group), desk.panel,
+                                  panels.height, t == 0, bias);
             }
             conv_write_rows(panels, p, y.strides, desk.lanes, desk.writes);
             kernels.unpack(desk.panel, y.strides.c, plan.w.rows, desk.writes, panels.height, y.data);
@@ -230,10 +243,11 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
                 conv_write_rows(panels, p, dy_strides, desk.lanes, desk.writes);
                 kernels.pack(dy, dy_strides.c, w.out, desk.writes, panels.height, desk.panel);
                 for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
-                    const int64_t start = kQuad * index.quads[t];
-                    plan.pack(kernels, panels, p, t, {x, x_strides}, desk);
+                    const int64_t start = kQuad * index.quads[t], group = t % index.tiling.groups;
+                    if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, {x, x_strides}, desk);
                     kernels.sddmm_tile(plan.stream.runs + t * w.out, index.counts[t], plan.stream.locals + start,
-                                       desk.tile, desk.panel, panels.height, panels.live(p), sums + start);
+                                       desk.tiles + plan.tile_at(group), desk.panel, panels.height, panels.live(p),
+                                       sums + start);
                 }
             }
         }

@@ -9,9 +9,9 @@
 // column s and all kernel rows r. A tile of an X panel holds, for each channel, the vector rows that its taps read,
 // shifted by s: aligned, each stored once although up to R taps read it.
 //
-//     for each panel:  for each tile:  pack X into [channel][row][16]                             (L1)
-//                                      for each run: Y[row] += Σ w_k · X[local_k ...][height][16]  (Y panel in L2)
-//                      unpack Y
+//     for each panel:  for each chunk:  pack X into the tiles of all groups, [channel][row][16]           (L2)
+//                                       for each tile: for each run: Y[row] += Σ w_k · X[local_k][height][16]
+//                      unpack Y                                                (a tile fits L1, the panel of Y L2)
 //
 // A run is the part of a weight's row that lies in one tile; runs are sorted by length. Their nonzeros form the stream:
 // gathered values and 16-bit addresses within the tile, in units of a vector row, each run padded to quads.
@@ -40,16 +40,17 @@ struct ConvLanes {
 
 struct ConvVectorRow {
     const ConvLanes* lanes;
-    int64_t offset;  // further elements; -1: the row is outside the image
+    int64_t offset;    // further elements; -1: the row is outside the image
+    int64_t at, step;  // in the packed form: where the row of channel 0 lies, and the distance between channels
 };
 
 struct ConvUnstructuredTable {
-    // x, whose channels are stride_c apart -> tile [channels][count][16]; what is outside the image reads as zero.
-    // Where stride_c is 1, whole vectors of channels are written: tile has room for a multiple of 16.
+    // x, whose channels are stride_c apart -> packed; what is outside the image reads as zero. Where stride_c is 1,
+    // whole vectors of channels are written: packed has room for a multiple of 16.
     void (*pack)(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
-                 float* tile);
-    // panel [channels][count][16] -> y; positions outside are dropped. Reads whole vectors of channels, as pack writes.
-    void (*unpack)(const float* panel, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                 float* packed);
+    // packed -> y; positions outside are dropped. Reads whole vectors of channels, as pack writes them.
+    void (*unpack)(const float* packed, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
                    float* y);
     // y[row] = start + Σ w_k · x[local_k] for every run, where start is y[row] itself, or on the first tile the row's
     // bias (zero where bias is null). y [rows][height][16]; height 1, 2, 4 or 8.

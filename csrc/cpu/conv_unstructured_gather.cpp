@@ -123,7 +123,8 @@ ConvGroup conv_group(const ConvPanels& panels, const ConvTiling& tiling, int64_t
                     const int64_t place = panels.flat ? rows - begin : base + (rows - begin) * v.step;
                     sources[rows] = {static_cast<int32_t>(column), static_cast<int32_t>(place)};
                 }
-                taps[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(at)};
+                taps[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(tiling.member(tap)),
+                                 static_cast<int32_t>(at)};
             }
         }
     }
@@ -144,29 +145,28 @@ void conv_lanes(const ConvPanels& panels, int64_t panel, const ImageStrides& fro
 }
 
 void conv_read_rows(const ConvPanels& panels, int64_t panel, const ImageStrides& from, const ConvGroup& group,
-                    const ConvSource* sources, const ConvLanes* lanes, ConvVectorRow* rows) {
+                    const ConvSource* sources, const ConvLanes* lanes, int64_t at, ConvVectorRow* rows) {
     const ConvAxis& v = panels.product.v;
-    for (int64_t j = 0; j < group.rows; ++j) {
+    const int64_t step = group.rows * kVectorRow;
+    for (int64_t j = 0; j < group.rows; ++j, at += kVectorRow) {
         const ConvSource source = sources[j];
         if (panels.flat) {
-            rows[j] = {lanes + source.column * panels.height + source.place, 0};
+            rows[j] = {lanes + source.column * panels.height + source.place, 0, at, step};
             continue;
         }
         const int64_t y = v.step * panels.top(panel) + source.place;
-        rows[j] = {lanes + source.column, y >= 0 && y < v.input ? y * from.h : -1};
+        rows[j] = {lanes + source.column, y >= 0 && y < v.input ? y * from.h : -1, at, step};
     }
 }
 
 void conv_write_rows(const ConvPanels& panels, int64_t panel, const ImageStrides& to, const ConvLanes* lanes,
                      ConvVectorRow* rows) {
     const ConvAxis& v = panels.product.v;
+    const int64_t step = panels.height * kVectorRow;
     lanes += panels.product.h.kernel * panels.lanes();
     for (int64_t j = 0; j < panels.height; ++j) {
-        const bool live = j < panels.live(panel);
-        if (panels.flat)
-            rows[j] = {lanes + j, live ? 0 : -1};
-        else
-            rows[j] = {lanes, live ? (v.write_step * (panels.top(panel) + j) + v.write_first) * to.h : -1};
+        const int64_t y = panels.flat ? 0 : v.write_step * (panels.top(panel) + j) + v.write_first;
+        rows[j] = {panels.flat ? lanes + j : lanes, j < panels.live(panel) ? y * to.h : -1, j * kVectorRow, step};
     }
 }
 

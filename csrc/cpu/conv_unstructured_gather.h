@@ -61,8 +61,9 @@ ConvGroup conv_group(const ConvPanels& panels, const ConvTiling& tiling, int64_t
 // The lanes of one panel: lanes()[kernel column][lanes()] for reading, then [lanes()] for writing.
 void conv_lanes(const ConvPanels& panels, int64_t panel, const ImageStrides& from, const ImageStrides& to,
                 ConvLanes* lanes);
+// The vector rows of a tile that lies at `at` in the packed form, and those of a panel of outputs.
 void conv_read_rows(const ConvPanels& panels, int64_t panel, const ImageStrides& from, const ConvGroup& group,
-                    const ConvSource* sources, const ConvLanes* lanes, ConvVectorRow* rows);
+                    const ConvSource* sources, const ConvLanes* lanes, int64_t at, ConvVectorRow* rows);
 void conv_write_rows(const ConvPanels& panels, int64_t panel, const ImageStrides& to, const ConvLanes* lanes,
                      ConvVectorRow* rows);
 

@@ -19,8 +19,6 @@ struct ConvView {
 
     ConvView(const BlockIndex& w, int64_t taps, bool transposed);
 
-    // The place of (row, tap) among the stretches of the sorted index that share both.
-    int64_t stretch(int64_t row, int64_t tap) const { return transposed ? tap * rows + row : row * taps + tap; }
     // What the sorted index holds for col 0 of a tap.
     int64_t origin(int64_t tap) const { return transposed ? 0 : tap * cols; }
 };
@@ -35,35 +33,44 @@ struct ConvTiling {
     int64_t group_cols, groups;                        // kernel columns of a tile
     int64_t tiles() const { return chunks * groups; }  // tile t is chunk t / groups, group t % groups
     int64_t group(int64_t tap) const { return tap % kernel_cols / group_cols; }
-    int64_t group_taps() const { return kernel_rows * group_cols; }  // at most
+    // The place of a tap among those of its group, of which there are group_taps() at most.
+    int64_t member(int64_t tap) const { return tap / kernel_cols * group_cols + tap % kernel_cols % group_cols; }
+    int64_t group_taps() const { return kernel_rows * group_cols; }
 
     explicit ConvTiling(const ConvView& w);
 };
 
-// In one int32 buffer: [tiles] run counts, [tiles + 1] where the quads of a tile start in the stream, [stretches *
-// chunks + 1] where each chunk of each stretch starts in the sorted index, and [tiles][rows] the rows that have runs,
-// longest first. Every row has a run in the first tile, so that every output is written.
+// The part of a run that belongs to one tap: entries begin .. begin + count of the sorted index.
+struct ConvPart {
+    int32_t begin, count;
+};
+
+// In one int32 buffer: [tiles] run counts, [tiles + 1] where the quads of a tile start in the stream, [tiles][rows] the
+// rows that have runs, longest first, and [tiles][rows][group_taps] their parts. Every row has a run in the first tile,
+// so that every output is written.
 struct ConvRuns {
     ConvTiling tiling;
-    int64_t rows, cuts_count;
-    int32_t *counts, *quads, *cuts, *order;
+    int64_t rows;
+    int32_t *counts, *quads, *order;
+    ConvPart* parts;
 
     ConvRuns(const ConvView& w, const int32_t* buffer);
 
-    int64_t ints() const { return 2 * tiling.tiles() + 1 + cuts_count + tiling.tiles() * rows; }
+    int64_t ints() const { return 2 * tiling.tiles() + 1 + tiling.tiles() * rows * (1 + 2 * tiling.group_taps()); }
     // Of the stream, whatever the pattern: each run wastes at most three quarters of a quad.
     int64_t max_entries(int64_t nnz) const;
-    const int32_t* cut(const ConvView& w, int64_t row, int64_t tap, int64_t chunk) const {
-        return cuts + w.stretch(row, tap) * tiling.chunks + chunk;
+    const ConvPart* parts_of(int64_t tile, int64_t run) const {
+        return parts + (tile * rows + run) * tiling.group_taps();
     }
 };
 
-void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch);
 int64_t conv_derive_scratch_ints(const ConvView& w);
+void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch);
 
-// A tap of a group that takes part in a product, and its first vector row within a channel's rows of the tile.
+// A tap of a group that takes part in a product: its place in the group, and its first vector row within a channel's
+// rows of the tile.
 struct ConvTap {
-    int32_t tap, address;
+    int32_t tap, member, address;
 };
 
 // What a tile holds: `taps` of its group, `rows` vector rows a channel.

@@ -24,32 +24,38 @@ SK_INLINE void copy_piece(const float* from, float* to, int64_t length) {
 
 SK_INLINE bool whole(const ConvLanes& lanes) { return lanes.pieces == 1 && lanes.length[0] == kRow; }
 
-// Channels that are planes: a vector row is a few stretches of memory.
-static void pack_planes(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow& row, int64_t step,
-                        float* to) {
-    if (row.offset < 0) {
-        for (int64_t c = 0; c < channels; ++c) clear_row(to + c * step);
-        return;
-    }
-    const ConvLanes& lanes = *row.lanes;
-    const float* from = x + row.offset;
-    if (whole(lanes)) {
-        from += lanes.at[0];
-        for (int64_t c = 0; c < channels; ++c)
-            for (int l = 0; l < kRow; l += VLEN) store(to + c * step + l, load(from + c * stride_c + l));
-        return;
-    }
-    for (int64_t c = 0; c < channels; ++c, from += stride_c, to += step) {
-        clear_row(to);
-        for (int32_t p = 0; p < lanes.pieces; ++p)
-            copy_piece(from + lanes.at[lanes.lane[p]], to + lanes.lane[p], lanes.length[p]);
+// Channels that are planes: a vector row is a few stretches of memory. All rows of a channel come before the next one,
+// because planes a power of two apart share their sets in every cache: nothing that is read stays there for long.
+static void pack_planes(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+                        float* packed) {
+    constexpr int64_t kAhead = 6;  // channels
+    for (int64_t c = 0; c < channels; ++c) {
+        const float* plane = x + c * stride_c;
+        for (int64_t j = 0; j < count; ++j) {
+            const ConvVectorRow& row = rows[j];
+            const ConvLanes& lanes = *row.lanes;
+            float* to = packed + row.at + c * row.step;
+            if (row.offset < 0 || lanes.pieces == 0) {
+                clear_row(to);
+                continue;
+            }
+            const float* from = plane + row.offset + lanes.at[lanes.lane[0]];
+            __builtin_prefetch(from + kAhead * stride_c);
+            if (whole(lanes)) {
+                for (int l = 0; l < kRow; l += VLEN) store(to + l, load(from + l));
+                continue;
+            }
+            clear_row(to);
+            for (int32_t p = 0; p < lanes.pieces; ++p)
+                copy_piece(plane + row.offset + lanes.at[lanes.lane[p]], to + lanes.lane[p], lanes.length[p]);
+        }
     }
 }
 
 // Channels that are neighbours: 16 positions of as many channels are transposed.
-static void pack_pixels(const float* x, int64_t channels, const ConvVectorRow& row, int64_t step, float* to) {
+static void pack_pixels(const float* x, int64_t channels, const ConvVectorRow& row, float* to) {
     if (row.offset < 0) {
-        for (int64_t c = 0; c < channels; ++c) clear_row(to + c * step);
+        for (int64_t c = 0; c < channels; ++c) clear_row(to + c * row.step);
         return;
     }
     for (int lane = 0; lane < kRow; lane += VLEN) {
@@ -61,38 +67,40 @@ static void pack_pixels(const float* x, int64_t channels, const ConvVectorRow& r
             for (int i = 0; i < VLEN; ++i)
                 r[i] = at[i] < 0 ? zero() : n == VLEN ? load(from + at[i]) : load_first(from + at[i], n);
             transpose(r);
-            for (int i = 0; i < VLEN; ++i) store(to + (c + i) * step + lane, r[i]);
+            for (int i = 0; i < VLEN; ++i) store(to + (c + i) * row.step + lane, r[i]);
         }
     }
 }
 
 static void pack(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
-                 float* tile) {
-    for (int64_t j = 0; j < count; ++j) {
-        if (stride_c == 1)
-            pack_pixels(x, channels, rows[j], count * kRow, tile + j * kRow);
-        else
-            pack_planes(x, stride_c, channels, rows[j], count * kRow, tile + j * kRow);
+                 float* packed) {
+    if (stride_c != 1) return pack_planes(x, stride_c, channels, rows, count, packed);
+    for (int64_t j = 0; j < count; ++j) pack_pixels(x, channels, rows[j], packed + rows[j].at);
+}
+
+static void unpack_planes(const float* packed, int64_t stride_c, int64_t channels, const ConvVectorRow* rows,
+                          int64_t count, float* y) {
+    for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t j = 0; j < count; ++j) {
+            const ConvVectorRow& row = rows[j];
+            if (row.offset < 0) continue;
+            const ConvLanes& lanes = *row.lanes;
+            const float* from = packed + row.at + c * row.step;
+            float* to = y + c * stride_c + row.offset;
+            for (int32_t p = 0; p < lanes.pieces; ++p)
+                copy_piece(from + lanes.lane[p], to + lanes.at[lanes.lane[p]], lanes.length[p]);
+        }
     }
 }
 
-static void unpack_planes(const float* from, int64_t stride_c, int64_t channels, const ConvVectorRow& row, int64_t step,
-                          float* y) {
-    const ConvLanes& lanes = *row.lanes;
-    float* to = y + row.offset;
-    for (int64_t c = 0; c < channels; ++c, from += step, to += stride_c)
-        for (int32_t p = 0; p < lanes.pieces; ++p)
-            copy_piece(from + lanes.lane[p], to + lanes.at[lanes.lane[p]], lanes.length[p]);
-}
-
-static void unpack_pixels(const float* from, int64_t channels, const ConvVectorRow& row, int64_t step, float* y) {
+static void unpack_pixels(const float* from, int64_t channels, const ConvVectorRow& row, float* y) {
     for (int lane = 0; lane < kRow; lane += VLEN) {
         const int64_t* at = row.lanes->at + lane;
         for (int64_t c = 0; c < channels; c += VLEN) {
             const int64_t n = channels - c < VLEN ? channels - c : VLEN;
             float* to = y + row.offset + c;
             vfloat r[VLEN];
-            for (int i = 0; i < VLEN; ++i) r[i] = load(from + (c + i) * step + lane);
+            for (int i = 0; i < VLEN; ++i) r[i] = load(from + (c + i) * row.step + lane);
             transpose(r);
             for (int i = 0; i < VLEN; ++i) {
                 if (at[i] < 0) continue;
@@ -105,15 +113,11 @@ static void unpack_pixels(const float* from, int64_t channels, const ConvVectorR
     }
 }
 
-static void unpack(const float* panel, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
+static void unpack(const float* packed, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
                    float* y) {
-    for (int64_t j = 0; j < count; ++j) {
-        if (rows[j].offset < 0) continue;
-        if (stride_c == 1)
-            unpack_pixels(panel + j * kRow, channels, rows[j], count * kRow, y);
-        else
-            unpack_planes(panel + j * kRow, stride_c, channels, rows[j], count * kRow, y);
-    }
+    if (stride_c != 1) return unpack_planes(packed, stride_c, channels, rows, count, y);
+    for (int64_t j = 0; j < count; ++j)
+        if (rows[j].offset >= 0) unpack_pixels(packed + rows[j].at, channels, rows[j], y);
 }
 
 // Works on `Part` of the `Width` positions of a panel; x and y point at the part.
