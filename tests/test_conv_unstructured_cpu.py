@@ -77,10 +77,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def make(out: int, in_: int, taps: int, density: float) -> tuple[Topology, Tensor]:
-    """A random topology with shuffled slots and the derived index, and its values."""
+    """A random topology with the derived index, and its values: the slots of the upper rows in order, as of a fresh
+    weight, the others shuffled."""
     rng = torch.Generator().manual_seed(0)
     cols = taps * in_
-    flat = torch.randperm(out * cols, generator=rng)[: round(density * out * cols)]
+    flat = torch.randperm(out * cols, generator=rng)[: round(density * out * cols)].sort().values
+    lower = flat[flat.numel() // 2 :]
+    lower.copy_(lower[torch.randperm(lower.numel(), generator=rng)])
     topology = Topology(out, in_, PATTERN, flat // cols, flat % cols, taps=taps)
     deriver = get("cpu").deriver("conv", PATTERN)
     assert deriver is not None

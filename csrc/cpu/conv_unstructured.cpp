@@ -52,6 +52,7 @@ struct Desk {
     ConvVectorRow* rows;    // of the tiles of a chunk
     ConvVectorRow* writes;  // [kMaxHeight]
     float *tiles, *panel;   // of a chunk; of outputs
+    int32_t* place;         // of each tile
 };
 
 // The workspace of any of the three products.
@@ -63,8 +64,10 @@ struct Plan {
     ConvGroup* groups;
     ConvTap* taps;
     ConvSource* sources;
-    ConvStream stream;
-    Desk first;  // of worker 0
+    float* weights;  // the stream
+    uint16_t* locals;
+    ConvRun* shorter;  // the runs of a phase; null where all taps take part
+    Desk first;        // of worker 0
     int64_t group_rows, lane_count, tile_floats, panel_floats, bytes;
     float* sums;
 
@@ -81,35 +84,48 @@ struct Plan {
         groups = arena.take<ConvGroup>(tiling.groups);
         taps = arena.take<ConvTap>(w.taps);
         sources = arena.take<ConvSource>(tiling.groups * group_rows);
-        stream.weights = arena.take<float>(copies == 0 ? entries : 0);
-        stream.locals = arena.take<uint16_t>(entries + kReadAhead);
-        stream.runs = arena.take<ConvRun>(tiling.tiles() * w.rows);
+        const bool phases = transposed && conv_phases(conv) > 1;
+        weights = arena.take<float>(copies == 0 ? entries : 0);
+        locals = arena.take<uint16_t>(entries + kReadAhead);
+        shorter = phases ? arena.take<ConvRun>(tiling.tiles() * w.rows) : nullptr;
         first.lanes = arena.take<ConvLanes>(lane_count * workers);
         first.rows = arena.take<ConvVectorRow>(tiling.groups * group_rows * workers);
         first.writes = arena.take<ConvVectorRow>(kMaxHeight * workers);
         first.tiles = arena.take<float>(tile_floats * workers);
         first.panel = arena.take<float>(panel_floats * workers);
+        first.place = arena.take<int32_t>(tiling.tiles() * threads);
         sums = arena.take<float>(entries * copies);
         bytes = arena.used;
     }
 
     Desk desk(int64_t worker) const {
-        return {first.lanes + worker * lane_count, first.rows + worker * index.tiling.groups * group_rows,
-                first.writes + worker * kMaxHeight, first.tiles + worker * tile_floats,
-                first.panel + worker * panel_floats};
+        return {first.lanes + worker * lane_count,   first.rows + worker * index.tiling.groups * group_rows,
+                first.writes + worker * kMaxHeight,  first.tiles + worker * tile_floats,
+                first.panel + worker * panel_floats, place(worker)};
     }
     ConvSource* sources_of(int64_t group) const { return sources + group * group_rows; }
-    void lay_out(const ConvPanels& panels) const {
-        ConvTap* next = taps;
+    int32_t* place(int64_t thread) const { return first.place + thread * index.tiling.tiles(); }
+    ConvFill lay_out(const ConvPanels& panels) const {
+        int64_t count = 0;
         for (int64_t g = 0; g < index.tiling.groups; ++g) {
-            groups[g] = conv_group(panels, index.tiling, g, next, sources_of(g));
-            next += groups[g].count;
+            groups[g] = conv_group(panels, index.tiling, g, taps + count, sources_of(g));
+            count += groups[g].taps;
         }
+        // In the order of the index.
+        std::sort(taps, taps + count, [](const ConvTap& a, const ConvTap& b) { return a.tap < b.tap; });
+        return {w.other,        w.slot,      index.cuts,          index.places,        index.cuts_row,
+                index.cuts_tap, w.origin(1), index.tiling.chunks, index.tiling.groups, index.tiling.chunk,
+                taps,           count};
     }
-    void fill(const float* values, int64_t from, int64_t step) const {
-        for (int64_t t = from; t < index.tiling.tiles(); t += step)
-            conv_fill(w, index, groups[t % index.tiling.groups], values, t, stream);
+    // One thread's part of the stream and, where not all taps take part, of the runs.
+    void fill(const ConvUnstructuredTable& kernels, const ConvFill& from, const float* values, int64_t id,
+              int64_t team) const {
+        kernels.fill(from, w.rows * id / team, w.rows * (id + 1) / team, values, values ? weights : nullptr, locals,
+                     place(id));
+        for (int64_t t = id; shorter && t < index.tiling.tiles(); t += team)
+            conv_shorten(index, from.taps, from.tap_count, t, shorter + t * w.rows);
     }
+    const ConvRun* runs(int64_t tile) const { return (shorter ? shorter : index.runs) + tile * w.rows; }
     // Where the tile of a group lies among those of a chunk.
     int64_t tile_at(int64_t group) const {
         int64_t rows = 0;
@@ -135,21 +151,20 @@ void multiply(const Plan& plan, const ConvPanels& panels, const float* values, c
               const Target& y) {
     const ConvUnstructuredTable& kernels = SK_TABLE(conv_unstructured_table);
     const ConvRuns& index = plan.index;
-    plan.lay_out(panels);
+    const ConvFill from = plan.lay_out(panels);
 #pragma omp parallel num_threads(static_cast<int>(plan.threads))
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-        plan.fill(values, id, team);
+        plan.fill(kernels, from, values, id, team);
 #pragma omp barrier
         const Desk desk = plan.desk(id);
         for (int64_t p = id; p < panels.count; p += team) {
             conv_lanes(panels, p, x.strides, y.strides, desk.lanes);
             for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
-                const int64_t start = kQuad * index.quads[t], group = t % index.tiling.groups;
+                const int64_t group = t % index.tiling.groups;
                 if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, x, desk);
-                kernels.spmm_tile(plan.stream.runs + t * plan.w.rows, index.counts[t], plan.stream.weights + start,
-                                  plan.stream.locals + start, desk.tiles + plan.tile_at(group), desk.panel,
-                                  panels.height, t == 0, bias);
+                kernels.spmm_tile(plan.runs(t), index.counts[t], plan.weights, plan.locals,
+                                  desk.tiles + plan.tile_at(group), desk.panel, panels.height, t == 0, bias);
             }
             conv_write_rows(panels, p, y.strides, desk.lanes, desk.writes);
             kernels.unpack(desk.panel, y.strides.c, plan.w.rows, desk.writes, panels.height, y.data);
@@ -162,7 +177,7 @@ int64_t copies_of(int64_t threads) { return std::min(threads, kMaxCopies); }
 }  // namespace
 
 int64_t conv_unstructured_runs_ints(const BlockIndex& w, int64_t taps, bool transposed) {
-    return valid(w, taps) ? ConvRuns(ConvView(w, taps, transposed), nullptr).ints() : 0;
+    return valid(w, taps) ? ConvRuns(ConvView(w, taps, transposed), nullptr).ints(taps) : 0;
 }
 
 int64_t conv_unstructured_derive_workspace_bytes(const BlockIndex& w, int64_t taps, bool transposed) {
@@ -228,11 +243,11 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
     const int64_t copies = std::min(most, panels.count);
     const ConvUnstructuredTable& kernels = SK_TABLE(conv_unstructured_table);
     const ConvRuns& index = plan.index;
-    plan.lay_out(panels);
+    const ConvFill from = plan.lay_out(panels);
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
-        plan.fill(nullptr, id, team);
+        plan.fill(kernels, from, nullptr, id, team);
 #pragma omp barrier
         for (int64_t worker = id; worker < copies; worker += team) {
             const Desk desk = plan.desk(worker);
@@ -243,18 +258,16 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
                 conv_write_rows(panels, p, dy_strides, desk.lanes, desk.writes);
                 kernels.pack(dy, dy_strides.c, w.out, desk.writes, panels.height, desk.panel);
                 for (int64_t t = 0; t < index.tiling.tiles(); ++t) {
-                    const int64_t start = kQuad * index.quads[t], group = t % index.tiling.groups;
+                    const int64_t group = t % index.tiling.groups;
                     if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, {x, x_strides}, desk);
-                    kernels.sddmm_tile(plan.stream.runs + t * w.out, index.counts[t], plan.stream.locals + start,
-                                       desk.tiles + plan.tile_at(group), desk.panel, panels.height, panels.live(p),
-                                       sums + start);
+                    kernels.sddmm_tile(plan.runs(t), index.counts[t], plan.locals, desk.tiles + plan.tile_at(group),
+                                       desk.panel, panels.height, panels.live(p), sums);
                 }
             }
         }
 #pragma omp barrier
-        for (int64_t t = id; t < index.tiling.tiles(); t += team)
-            conv_scatter(plan.w, index, plan.groups[t % index.tiling.groups], t, plan.sums, copies, plan.entries,
-                         dvalues);
+        conv_scatter(from, w.out * id / team, w.out * (id + 1) / team, plan.sums, copies, plan.entries, dvalues,
+                     plan.place(id));
     }
     return kOk;
 }

@@ -26,8 +26,25 @@ namespace sk {
 
 constexpr int64_t kVectorRow = 16;
 
+// The part of a row that lies in one tile: `count` entries of the stream, from 4 * quad on.
 struct ConvRun {
-    int32_t row, count;
+    int32_t row, count, quad;
+};
+
+// A tap that takes part in a product. Input channel c of tile `chunk * groups + group`, which begins at channel
+// chunk * width, is found at vector row `address + (c - chunk * width) * scale` of the tile.
+struct ConvTap {
+    int32_t tap, group, address, scale;
+};
+
+// What the stream is made from (see csrc/cpu/conv_unstructured_index.h); row r, tap t: chunk j of its entries begins at
+// cuts[r * cuts_row + t * cuts_tap + j].
+struct ConvFill {
+    const int32_t *other, *slot, *cuts, *places;
+    int64_t cuts_row, cuts_tap, origin_tap;  // `other` holds channel + tap * origin_tap
+    int64_t chunks, groups, width;
+    const ConvTap* taps;
+    int64_t tap_count;
 };
 
 // Where the 16 positions of a vector row lie in a tensor.
@@ -52,6 +69,9 @@ struct ConvUnstructuredTable {
     // packed -> y; positions outside are dropped. Reads whole vectors of channels, as pack writes them.
     void (*unpack)(const float* packed, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
                    float* y);
+    // The stream of some rows: addresses, and values where weights is not null. place [tiles] is scratch.
+    void (*fill)(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
+                 int32_t* place);
     // y[row] = start + Σ w_k · x[local_k] for every run, where start is y[row] itself, or on the first tile the row's
     // bias (zero where bias is null). y [rows][height][16]; height 1, 2, 4 or 8.
     void (*spmm_tile)(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,

@@ -123,12 +123,12 @@ ConvGroup conv_group(const ConvPanels& panels, const ConvTiling& tiling, int64_t
                     const int64_t place = panels.flat ? rows - begin : base + (rows - begin) * v.step;
                     sources[rows] = {static_cast<int32_t>(column), static_cast<int32_t>(place)};
                 }
-                taps[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(tiling.member(tap)),
-                                 static_cast<int32_t>(at)};
+                taps[count++] = {static_cast<int32_t>(tap), static_cast<int32_t>(group), static_cast<int32_t>(at), 0};
             }
         }
     }
-    return {taps, count, rows};
+    for (int64_t i = 0; i < count; ++i) taps[i].scale = static_cast<int32_t>(rows);
+    return {count, rows};
 }
 
 void conv_lanes(const ConvPanels& panels, int64_t panel, const ImageStrides& from, const ImageStrides& to,

@@ -53,6 +53,11 @@ struct ConvSource {
     int32_t column, place;
 };
 
+// What the tiles of a group hold: `rows` vector rows a channel, for `taps` taps.
+struct ConvGroup {
+    int64_t taps, rows;
+};
+
 // Chooses the vector rows [at most group_taps * height] of a channel in the tiles of a group, and what each of its taps
 // starts at. Taps of one kernel column whose rows overlap share them.
 ConvGroup conv_group(const ConvPanels& panels, const ConvTiling& tiling, int64_t group, ConvTap* taps,

@@ -7,8 +7,8 @@
 namespace sk {
 
 constexpr int64_t kQuad = 4;
-// 16-bit addresses are read two quads ahead of the last one.
-constexpr int64_t kReadAhead = 2 * kQuad;
+// 16-bit addresses are read two quads ahead of the last one, and written sixteen at a time.
+constexpr int64_t kReadAhead = 16;
 
 // The weight seen by rows or, for the input gradient, by columns: entries of (row, tap, col), where row and col are an
 // output and an input channel, or the other way round.
@@ -33,65 +33,41 @@ struct ConvTiling {
     int64_t group_cols, groups;                        // kernel columns of a tile
     int64_t tiles() const { return chunks * groups; }  // tile t is chunk t / groups, group t % groups
     int64_t group(int64_t tap) const { return tap % kernel_cols / group_cols; }
-    // The place of a tap among those of its group, of which there are group_taps() at most.
-    int64_t member(int64_t tap) const { return tap / kernel_cols * group_cols + tap % kernel_cols % group_cols; }
+    // Of a group, at most.
     int64_t group_taps() const { return kernel_rows * group_cols; }
 
     explicit ConvTiling(const ConvView& w);
 };
 
-// The part of a run that belongs to one tap: entries begin .. begin + count of the sorted index.
-struct ConvPart {
-    int32_t begin, count;
-};
-
-// In one int32 buffer: [tiles] run counts, [tiles + 1] where the quads of a tile start in the stream, [tiles][rows] the
-// rows that have runs, longest first, and [tiles][rows][group_taps] their parts. Every row has a run in the first tile,
-// so that every output is written.
+// In one int32 buffer: [tiles][rows] runs of all taps, longest first; [tiles] how many of them count (every row has a
+// run in the first tile, so that every output is written; elsewhere empty ones are left out); [tiles + 1] where the
+// quads of a tile start in the stream; [rows][tiles] where those of a run do; and [rows][taps][chunks] (transposed:
+// [taps][rows][chunks]) where each chunk's entries start in the sorted index, then nnz.
 struct ConvRuns {
     ConvTiling tiling;
-    int64_t rows;
-    int32_t *counts, *quads, *order;
-    ConvPart* parts;
+    int64_t rows, cuts_row, cuts_tap;
+    ConvRun* runs;
+    int32_t *counts, *quads, *places, *cuts;
 
     ConvRuns(const ConvView& w, const int32_t* buffer);
 
-    int64_t ints() const { return 2 * tiling.tiles() + 1 + tiling.tiles() * rows * (1 + 2 * tiling.group_taps()); }
+    int64_t run_ints() const { return 3 * tiling.tiles() * rows; }
+    int64_t ints(int64_t taps) const {
+        return run_ints() + 2 * tiling.tiles() + 1 + rows * tiling.tiles() + rows * taps * tiling.chunks + 1;
+    }
     // Of the stream, whatever the pattern: each run wastes at most three quarters of a quad.
     int64_t max_entries(int64_t nnz) const;
-    const ConvPart* parts_of(int64_t tile, int64_t run) const {
-        return parts + (tile * rows + run) * tiling.group_taps();
-    }
+    const int32_t* cut(int64_t row, int64_t tap) const { return cuts + row * cuts_row + tap * cuts_tap; }
 };
 
 int64_t conv_derive_scratch_ints(const ConvView& w);
 void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch);
 
-// A tap of a group that takes part in a product: its place in the group, and its first vector row within a channel's
-// rows of the tile.
-struct ConvTap {
-    int32_t tap, member, address;
-};
+// The runs of one tile in a product that some taps take no part in: those of all taps, with fewer entries.
+void conv_shorten(const ConvRuns& index, const ConvTap* taps, int64_t tap_count, int64_t tile, ConvRun* runs);
 
-// What a tile holds: `taps` of its group, `rows` vector rows a channel.
-struct ConvGroup {
-    const ConvTap* taps;
-    int64_t count, rows;
-};
-
-// The stream and the runs of all tiles.
-struct ConvStream {
-    float* weights;  // null where only addresses are wanted
-    uint16_t* locals;
-    ConvRun* runs;  // [tiles][rows]
-};
-
-// Writes the stream and the runs of one tile.
-void conv_fill(const ConvView& w, const ConvRuns& index, const ConvGroup& group, const float* values, int64_t tile,
-               const ConvStream& stream);
-
-// dvalues[slot] = the sum of `copies` streams of sums, `stride` entries apart, for the entries of one tile.
-void conv_scatter(const ConvView& w, const ConvRuns& index, const ConvGroup& group, int64_t tile, const float* sums,
-                  int64_t copies, int64_t stride, float* dvalues);
+// dvalues[slot] = the sum of `copies` streams of sums, `stride` entries apart, for the rows row .. end. place [tiles].
+void conv_scatter(const ConvFill& from, int64_t row, int64_t end, const float* sums, int64_t copies, int64_t stride,
+                  float* dvalues, int32_t* place);
 
 }  // namespace sk

@@ -19,10 +19,11 @@ BUFFERS = ("by_row", "by_col")
 
 
 class RunsDeriver:
-    """Where each tile's part of each row (column) starts at each tap, and the rows of each tile, longest part first.
+    """The runs of nonzeros that share a row (a column) and a tile, longest first in each tile, and where their parts lie
+    in the sorted index.
 
-    4 bytes for each row and tap of a chunk of some 60 channels and as much for each row of a tile, in the orientations
-    `by_row` and `by_col`.
+    16 bytes a run and 4 for each of its taps, in the orientations `by_row` and `by_col`; a run has nonzeros of some 60
+    channels and, for a square kernel, one column of its taps.
     """
 
     name = "cpu"

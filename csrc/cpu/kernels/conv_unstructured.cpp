@@ -120,6 +120,73 @@ static void unpack(const float* packed, int64_t stride_c, int64_t channels, cons
         if (rows[j].offset >= 0) unpack_pixels(packed + rows[j].at, channels, rows[j], y);
 }
 
+#if SK_VLEN == 16
+// Entries [0, n) of one stretch, n in [1, 16]. Slots that follow one another, as all do until a regrow, need no gather.
+SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, uint32_t scale, uint32_t base,
+                         const float* values, float* weights, uint16_t* locals) {
+    const __mmask16 mask = (__mmask16)((1u << n) - 1u);
+    const __m512i column = _mm512_maskz_loadu_epi32(mask, other);
+    const __m512i local =
+        _mm512_add_epi32(_mm512_mullo_epi32(column, _mm512_set1_epi32((int)scale)), _mm512_set1_epi32((int)base));
+    _mm512_mask_cvtepi32_storeu_epi16(locals, mask, local);
+    if (!weights) return;
+    const __m512i slots = _mm512_maskz_loadu_epi32(mask, slot);
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i row = _mm512_add_epi32(_mm512_set1_epi32(*slot), iota);
+    if (_mm512_mask_cmpneq_epi32_mask(mask, slots, row) == 0) {
+        _mm512_mask_storeu_ps(weights, mask, _mm512_maskz_loadu_ps(mask, values + *slot));
+        return;
+    }
+    for (int64_t k = 0; k < n; ++k) weights[k] = values[slot[k]];
+}
+#endif
+
+SK_INLINE void fill_stretch(const int32_t* other, const int32_t* slot, int64_t count, uint32_t scale, uint32_t base,
+                            const float* values, float* weights, uint16_t* locals) {
+#if SK_VLEN == 16
+    for (int64_t k = 0; k < count; k += 16)
+        fill_some(other + k, slot + k, count - k < 16 ? count - k : 16, scale, base, values,
+                  weights ? weights + k : weights, locals + k);
+#else
+    for (int64_t k = 0; k < count; ++k)
+        locals[k] = static_cast<uint16_t>(static_cast<uint32_t>(other[k]) * scale + base);
+    if (weights)
+        for (int64_t k = 0; k < count; ++k) weights[k] = values[slot[k]];
+#endif
+}
+
+// By rows, so that the index is read in order; the stream is written in as many places as there are tiles.
+static void fill(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
+                 int32_t* place) {
+    const int64_t tiles = from.chunks * from.groups;
+    for (; row < end; ++row) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            place[t] = 4 * from.places[row * tiles + t];
+            if (row + 1 == end) continue;
+            const int64_t later = 4 * static_cast<int64_t>(from.places[(row + 1) * tiles + t]);
+            __builtin_prefetch(locals + later, 1);
+            if (weights) __builtin_prefetch(weights + later, 1);
+            if (weights) __builtin_prefetch(weights + later + 16, 1);
+        }
+        for (int64_t i = 0; i < from.tap_count; ++i) {
+            const ConvTap tap = from.taps[i];
+            const int32_t* cut = from.cuts + row * from.cuts_row + tap.tap * from.cuts_tap;
+            // Modulo 2^32: only the difference from the tile's first column counts.
+            const uint32_t scale = static_cast<uint32_t>(tap.scale);
+            uint32_t first = static_cast<uint32_t>(tap.tap * from.origin_tap);
+            for (int64_t j = 0; j < from.chunks; ++j, first += static_cast<uint32_t>(from.width)) {
+                const int64_t count = cut[j + 1] - cut[j];
+                int32_t& at = place[j * from.groups + tap.group];
+                if (count > 0)
+                    fill_stretch(from.other + cut[j], from.slot + cut[j], count, scale,
+                                 static_cast<uint32_t>(tap.address) - first * scale, values,
+                                 weights ? weights + at : weights, locals + at);
+                at += static_cast<int32_t>(count);
+            }
+        }
+    }
+}
+
 // Works on `Part` of the `Width` positions of a panel; x and y point at the part.
 template <int Width, int Part>
 static void spmm_part(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,
@@ -127,8 +194,11 @@ static void spmm_part(const ConvRun* runs, int64_t count, const float* weights, 
     constexpr int kVectors = Part / VLEN;
     // Eight chains of multiply-adds in flight: two pipes of latency four.
     constexpr int kSets = kVectors >= 8 ? 1 : kVectors >= 4 ? 2 : 4;
-    Columns columns(locals);
+    const float* const values = weights;
     for (int64_t i = 0; i < count; ++i) {
+        const int64_t start_at = 4 * static_cast<int64_t>(runs[i].quad);
+        Columns columns(locals + start_at);
+        weights = values + start_at;
         float* out = y + static_cast<int64_t>(runs[i].row) * Width;
         vfloat acc[kSets][kVectors];
         if (first) {
@@ -188,8 +258,11 @@ template <int Width, int Part>
 static void sddmm_part(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
                        float* sums) {
     constexpr int kVectors = Part / VLEN;
-    Columns columns(locals);
+    float* const all = sums;
     for (int64_t i = 0; i < count; ++i) {
+        const int64_t start_at = 4 * static_cast<int64_t>(runs[i].quad);
+        Columns columns(locals + start_at);
+        sums = all + start_at;
         vfloat d[kVectors];
         for (int v = 0; v < kVectors; ++v) d[v] = load(dy + static_cast<int64_t>(runs[i].row) * Width + v * VLEN);
 
@@ -242,6 +315,6 @@ static void sddmm_tile(const ConvRun* runs, int64_t count, const uint16_t* local
 }
 
 extern const ConvUnstructuredTable conv_unstructured_table;
-const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, spmm_tile, sddmm_tile};
+const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, fill, spmm_tile, sddmm_tile};
 
 }  // namespace sk::SK_ISA
