@@ -26,6 +26,7 @@ from bench.registry import Case, Ours, Prepared, Problem, Samples, Variant, Wron
 from bench.roofline import limits
 from bench.rows import RESULTS, Row, machine
 from sparse_kernels.nn.weights import SparseLayer
+from sparsediff.allocator import keep_freed_memory
 
 __all__ = [
     "RESULTS",
@@ -84,6 +85,8 @@ def measure_problem(
         Rows of the variants whose results are right. A variant that is wrong, or that could not be built or run, has no
         row: its reason stands in `failures`.
     """
+    if case.keeps_freed_memory:
+        keep_freed_memory()
     prepared = problem.prepare(problem.variants)
     ours: dict[str, Ours] = {}
     failures: dict[str, str] = {}

@@ -19,7 +19,6 @@ from bench.models import ResNet18, unet
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
 from sparse_kernels import Plan, densify, sparsify
 from sparse_kernels.nn.measure import timed
-from sparsediff.allocator import keep_freed_memory
 
 Inputs = tuple[Tensor, ...]
 
@@ -59,7 +58,6 @@ def prepare_with(
     build: Callable[[], tuple[nn.Module, Inputs, Tensor]], allocation: str = "erk"
 ) -> Callable[[tuple[Variant, ...]], Prepared]:
     def prepare(variants: tuple[Variant, ...]) -> Prepared:
-        keep_freed_memory()  # as `sparsediff train` does, for both sides
         torch.manual_seed(0)
         model, inputs, target = build()
         inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
@@ -133,5 +131,6 @@ register(
             Problem("UNet2D 224-448-672-896 64x64 N=1", VARIANTS[1:2],
                     prepare_with(lambda: diffusion((224, 448, 672, 896), 64, 1)), seconds=20.0),
         ),
+        keeps_freed_memory=True,
     )
 )  # fmt: skip

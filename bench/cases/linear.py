@@ -151,7 +151,8 @@ def problems() -> tuple[Problem, ...]:
         if (positions, size) in UNSTRUCTURED_SHAPES:
             variants += UNSTRUCTURED
         build = partial(prepare, positions, size, (positions, size) == (1024, 1024))
-        made.append(Problem(f"P={positions} K={size}", variants, build, quick=(positions, size) == (1024, 512)))
+        quick = (positions, size) == (1024, 512)
+        made.append(Problem(f"P={positions} K={size}", variants, build, quick=quick, seconds=4.0))
     return tuple(made)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
-from sparsediff.allocator import keep_freed_memory
 from sparsediff.presets import PRESETS, TrainConfig
 from sparsediff.train import Run, StrokeData, load_data
 
@@ -39,7 +38,6 @@ def stepper(config: TrainConfig, data: StrokeData) -> tuple[Run, Callable[[], No
 def prepare(variants: tuple[Variant, ...]) -> Prepared:
     """RigL, ΔT as in the preset. Every run draws the same batches in the same order, so that a round compares steps on
     about the same data."""
-    keep_freed_memory()  # as `sparsediff train` does, for both sides
     settings = dataclasses.replace(PRESET, threads=torch.get_num_threads())
     data = load_data(settings)
     dense = {
@@ -77,5 +75,6 @@ register(
         "a whole training step of the KanjiVG preset",
         (Problem(f"kanjivg B={PRESET.batch_size}", VARIANTS, prepare, quick=True, seconds=15.0),),
         row_name="chirodiff step",
+        keeps_freed_memory=True,
     )
 )
