@@ -19,6 +19,7 @@ import torch
 from sparse_kernels import _native
 
 SMALLEST_SET, LARGEST_SET = 2**21, 2**28  # bytes
+PIECE = 2**20  # fp32 elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +99,37 @@ def stream_gbs(threads: int, footprint: float) -> float:
 
 @functools.cache
 def _stream_gbs(threads: int, footprint: int) -> float:
-    count = footprint // 4
-    whole = torch.zeros(count)
-    thirds = whole[: count // 3 * 3].view(3, -1)
-    halves = whole.view(2, -1)
-    ways: dict[Callable[[], object], int] = {
-        lambda: torch.add(thirds[0], thirds[1], out=thirds[2]): thirds.nbytes,
-        lambda: halves[0].copy_(halves[1]): halves.nbytes,
-        lambda: torch.dot(halves[0], halves[1]): halves.nbytes,
-    }
-    return round(max(moved / (_best(way) * 1e9) for way, moved in ways.items()), 1)
+    """Passes over the whole footprint, timed piece by piece: short against the scheduler's slices, so that the best
+    piece is undisturbed, and cold when a pass comes back to it if the footprint does not fit the cache."""
+    pieces = torch.zeros(footprint // 4).split(PIECE)
+    end = time.perf_counter() + 0.3
+    best, passes = 0.0, 0
+    while passes < 2 or time.perf_counter() < end:
+        for way in (_add, _copy, _dot):
+            for piece in pieces:
+                start = time.perf_counter()
+                moved = way(piece)
+                best = max(best, moved / (time.perf_counter() - start) / 1e9)
+        passes += 1
+    return round(best, 1)
+
+
+def _add(piece: torch.Tensor) -> int:
+    thirds = piece[: piece.numel() // 3 * 3].view(3, -1)
+    torch.add(thirds[0], thirds[1], out=thirds[2])
+    return thirds.nbytes
+
+
+def _copy(piece: torch.Tensor) -> int:
+    halves = piece.view(2, -1)
+    halves[0].copy_(halves[1])
+    return piece.nbytes
+
+
+def _dot(piece: torch.Tensor) -> int:
+    halves = piece.view(2, -1)
+    torch.dot(halves[0], halves[1])
+    return piece.nbytes
 
 
 def _best(function: Callable[[], object], seconds: float = 0.15) -> float:
