@@ -116,7 +116,7 @@ def saved_svg(title: str, rows: Sequence[Row]) -> str:
     axes.set_title(title, fontsize=11, loc="left")
     axes.grid(color="#e3e7ed", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
+    axes.legend(frameon=False, fontsize=8.5)
     return svg(figure)
 
 
