@@ -159,6 +159,14 @@ int64_t conv_block_sddmm_workspace_bytes(const BlockIndex& w, const ConvShape& c
 int conv_block_sddmm(const BlockIndex& w, const ConvShape& conv, const float* dy, const ImageStrides& dy_strides,
                      const float* x, const ImageStrides& x_strides, float* dvalues, int64_t threads, void* workspace);
 
+// All three gradients of conv_block_spmm in one pass, where conv_block_backward_fuses (stride 1, padding within the
+// kernel, blocks that the direct tiles take); elsewhere kUnsupported. dbias is [out] or null.
+bool conv_block_backward_fuses(const BlockIndex& w, const ConvShape& conv);
+int64_t conv_block_backward_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
+int conv_block_backward(const BlockIndex& w, const ConvShape& conv, const float* values, const float* dy,
+                        const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides, float* dx,
+                        const ImageStrides& dx_strides, float* dvalues, float* dbias, int64_t threads, void* workspace);
+
 // ---- CPU: GRU (csrc/cpu/gru.cpp) ------------------------------------------------------------------------------------
 //
 // One layer, one or two directions, with torch.nn.GRU's equations and gate order (r, z, n):

@@ -40,6 +40,23 @@ void bind_conv_block(py::module_& m) {
         py::arg("index"), py::arg("conv"), py::arg("dy"), py::arg("dy_strides"), py::arg("x"), py::arg("x_strides"),
         py::arg("dvalues"), py::arg("threads"), py::arg("workspace"), no_gil(),
         "dvalues [nnzb, bh, bw] = the weight gradient at the active blocks; fp32 addresses, see csrc/api.h.");
+    m.def("conv_block_backward_fuses", &conv_block_backward_fuses, py::arg("index"), py::arg("conv"),
+          "Whether conv_block_backward runs this.");
+    m.def("conv_block_backward_workspace_bytes", &conv_block_backward_workspace_bytes, py::arg("index"),
+          py::arg("conv"), py::arg("threads"));
+    m.def(
+        "conv_block_backward",
+        [](const BlockIndex& w, const ConvShape& conv, addr values, addr dy, const ImageStrides& dy_strides, addr x,
+           const ImageStrides& x_strides, addr dx, const ImageStrides& dx_strides, addr dvalues, addr dbias,
+           int64_t threads, addr workspace) {
+            return conv_block_backward(w, conv, ptr<const float>(values), ptr<const float>(dy), dy_strides,
+                                       ptr<const float>(x), x_strides, ptr<float>(dx), dx_strides, ptr<float>(dvalues),
+                                       ptr<float>(dbias), threads, ptr<void>(workspace));
+        },
+        py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("dy"), py::arg("dy_strides"), py::arg("x"),
+        py::arg("x_strides"), py::arg("dx"), py::arg("dx_strides"), py::arg("dvalues"), py::arg("dbias"),
+        py::arg("threads"), py::arg("workspace"), no_gil(),
+        "The gradients of input, values and bias in one pass; fp32 addresses, see csrc/api.h.");
 }
 
 }  // namespace sk

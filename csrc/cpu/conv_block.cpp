@@ -67,4 +67,24 @@ int conv_block_sddmm(const BlockIndex& w, const ConvShape& conv, const float* dy
     return kOk;
 }
 
+bool conv_block_backward_fuses(const BlockIndex& w, const ConvShape& conv) {
+    return valid(w, conv, 1) && SK_TABLE(conv_block_table).backward_fuses(w, conv);
+}
+
+int64_t conv_block_backward_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads) {
+    if (!valid(w, conv, threads) || !conv_block_backward_fuses(w, conv)) return 0;
+    return SK_TABLE(conv_block_table).backward_workspace(w, conv, threads);
+}
+
+int conv_block_backward(const BlockIndex& w, const ConvShape& conv, const float* values, const float* dy,
+                        const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides, float* dx,
+                        const ImageStrides& dx_strides, float* dvalues, float* dbias, int64_t threads,
+                        void* workspace) {
+    if (!valid(w, conv, threads) || !valid(dy_strides) || !valid(x_strides) || !valid(dx_strides)) return kInvalid;
+    if (!conv_block_backward_fuses(w, conv)) return kUnsupported;
+    SK_TABLE(conv_block_table)
+        .backward(w, conv, values, dy, dy_strides, x, x_strides, dx, dx_strides, dvalues, dbias, threads, workspace);
+    return kOk;
+}
+
 }  // namespace sk

@@ -13,6 +13,11 @@ struct ConvBlockTable {
     int64_t (*sddmm_workspace)(const BlockIndex&, const ConvShape&, int64_t threads);
     void (*sddmm)(const BlockIndex&, const ConvShape&, const float* dy, const ImageStrides& dy_strides, const float* x,
                   const ImageStrides& x_strides, float* dvalues, int64_t threads, void* workspace);
+    bool (*backward_fuses)(const BlockIndex&, const ConvShape&);
+    int64_t (*backward_workspace)(const BlockIndex&, const ConvShape&, int64_t threads);
+    void (*backward)(const BlockIndex&, const ConvShape&, const float* values, const float* dy,
+                     const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides, float* dx,
+                     const ImageStrides& dx_strides, float* dvalues, float* dbias, int64_t threads, void* workspace);
 };
 
 }  // namespace sk

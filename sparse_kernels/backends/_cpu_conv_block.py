@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._native import native
 from ..topology import WeightIndex
 from . import _cpu_block
 from ._cpu_conv_unstructured import conv_shape, strides
@@ -58,6 +59,24 @@ def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tens
     w, sizes = native_index(index), conv_shape(x, conv)
     launch("conv_block_sddmm", (w, sizes), w, sizes, dy, strides(dy), x, strides(x), dvalues)
     return dvalues
+
+
+def backward(
+    dy: Tensor, x: Tensor, values: Tensor, index: WeightIndex, want_bias: bool, conv: ConvGeometry
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """`spmm_t`, `sddmm` and the bias gradient `[out]` in one pass over dY; None where no kernel does that."""
+    if _rows(x, conv) is not None and _rows(dy, conv) is not None:
+        return None
+    w, sizes = native_index(index), conv_shape(x, conv)
+    if not native().conv_block_backward_fuses(w, sizes):
+        return None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
+    dbias = x.new_empty(index.out) if want_bias else None
+    x, dy = _addressable(x), _addressable(dy)
+    images = dy, strides(dy), x, strides(x), dx, strides(dx)
+    launch("conv_block_backward", (w, sizes), w, sizes, values, *images, dvalues, dbias)
+    return dx, dvalues, dbias
 
 
 def dense_grad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:

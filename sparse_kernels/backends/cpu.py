@@ -18,7 +18,7 @@ from .. import _native
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
-from .registry import Backend, ConvGeometry, GruGrads, GruWeight, register
+from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
 
 # Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
 SCORE_PANEL_BYTES = 8 << 20
@@ -95,6 +95,22 @@ class CpuBackend(Backend):
             blocks = grad.square_().view(last - first, index.bh, index.col_blocks, index.bw)
             scores[first:last] = blocks.sum(dim=(1, 3))
         return scores
+
+    def product_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        needs: Sequence[bool],
+        conv: ConvGeometry | None = None,
+    ) -> ProductGrads:
+        need_x, need_values, need_bias, need_scores = needs
+        if conv is not None and index.pattern != Unstructured() and need_x and need_values:
+            grads = _cpu_conv_block.backward(dy, x, values.to(x.dtype), index, need_bias, conv)
+            if grads is not None:
+                return ProductGrads(*grads, self.block_scores(dy, x, index, conv) if need_scores else None)
+        return super().product_backward(dy, x, values, index, needs, conv)
 
     def gru_forward(
         self,

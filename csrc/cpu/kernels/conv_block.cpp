@@ -132,17 +132,31 @@ static void direct_share(const ConvProduct& a, const Slice& s, const ProductSpac
     }
 }
 
-static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, const ProductSpace& space,
-                        int64_t threads) {
+// The lists, distances and output layout that a planned product reads.
+static void prepare_product(const BlockIndex& w, bool transposed, ConvProduct& a, const ProductSpace& space) {
     const SlicePlan& p = a.slices;
-    const int64_t columns = a.gather.w.grid, block = w.bh * w.bw;
     list_blocks(w, transposed, a);
     for (int64_t tap = 0; tap < a.taps; ++tap)
         for (int64_t j = 0; j < a.k_blocks && has_tap(a.gather, tap); ++j)
             a.distance[tap * a.k_blocks + j] = j * p.strip + tap_distance(a.gather, p, tap);
     a.weights = space.weights;
     const ImageStrides& d = a.dst_strides;
-    a.dense = d.c == 1 && d.h == columns * d.w && d.n == a.gather.h.grid * d.h;
+    a.dense = d.c == 1 && d.h == a.gather.w.grid * d.w && d.n == a.gather.h.grid * d.h;
+}
+
+// Every row of source images of a slice.
+static void pack_slice(const Gather& g, const SlicePlan& p, const Slice& s, const float* src, const ImageStrides& at,
+                       int64_t channels, float* packed) {
+    const int64_t rows = source_rows(g.h, s.rows);
+    for (int64_t n = 0; n < s.images; ++n)
+        for (int64_t row = 0; row < rows; ++row) pack_row(g, p, s, n, row, src, at, channels, packed);
+}
+
+static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, const ProductSpace& space,
+                        int64_t threads) {
+    const SlicePlan& p = a.slices;
+    const int64_t columns = a.gather.w.grid, block = w.bh * w.bw;
+    prepare_product(w, transposed, a, space);
     const int64_t blocks = a.ptr[a.n_blocks];
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
@@ -178,10 +192,7 @@ static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, co
             for (int64_t i = 0; i < p.image_parts * p.row_parts; ++i) {
                 const Slice s = slice_at(a.gather, p, i);
                 const int64_t positions = s.images * s.rows * columns;
-                const int64_t rows = source_rows(a.gather.h, s.rows);
-                for (int64_t n = 0; n < s.images; ++n)
-                    for (int64_t row = 0; row < rows; ++row)
-                        pack_row(a.gather, p, s, n, row, a.src, a.src_strides, a.k, packed);
+                pack_slice(a.gather, p, s, a.src, a.src_strides, a.k, packed);
                 place_rows(a, s, 0, s.images * s.rows, x_at, y_at);
                 if (a.direct) {
                     for (int64_t r = 0; r < a.n_blocks; ++r)
@@ -295,6 +306,27 @@ static void conv_sddmm_blocks(const BlockIndex& w, const ConvSddmmPlan& p, const
     }
 }
 
+// Adds the gradients of the parts to that of the first; called by every thread of a team.
+static void add_partials(const ConvSddmmPlan& p, int64_t size, float* dvalues) {
+    if (p.parts <= 1) return;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < size; i += VLEN) {
+        const int64_t n = smaller(VLEN, size - i);
+        vfloat sum = load_first(dvalues + i, n);
+        for (int64_t part = 1; part < p.parts; ++part)
+            sum += load_first(p.partials + (part - 1) * p.partial_floats + i, n);
+        store_first(dvalues + i, sum, n);
+    }
+}
+
+// Where the taps of X and the strips of dY lie in packed slices.
+static void place_strips(const ConvSddmmPlan& p) {
+    for (int64_t tap = 0; tap < p.taps; ++tap)
+        for (int64_t j = 0; j < p.columns; ++j)
+            p.strip_x[tap * p.columns + j] = j * p.slices.strip + tap_distance(p.gather, p.slices, tap);
+    for (int64_t r = 0; r < p.row_blocks; ++r) p.strip_dy[r] = r * p.dy_strip;
+}
+
 // Grid row `line` of a slice of dY into its strips, and where it lies in those of X and dY.
 static void pack_line(const BlockIndex& w, const ConvSddmmPlan& p, const Slice& s, int64_t line, const float* dy,
                       const ImageStrides& d, float* packed, int64_t* x_line, int64_t* dy_line) {
@@ -313,10 +345,7 @@ static void sddmm(const BlockIndex& w, const ConvShape& c, const float* dy, cons
         for (int64_t i = 0; i < size; ++i) dvalues[i] = 0;
         return;
     }
-    for (int64_t tap = 0; tap < p.taps; ++tap)
-        for (int64_t j = 0; j < p.columns; ++j)
-            p.strip_x[tap * p.columns + j] = j * p.slices.strip + tap_distance(p.gather, p.slices, tap);
-    for (int64_t r = 0; r < p.row_blocks; ++r) p.strip_dy[r] = r * p.dy_strip;
+    place_strips(p);
     const int64_t slices = p.slices.image_parts * p.slices.row_parts;
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
@@ -342,31 +371,195 @@ static void sddmm(const BlockIndex& w, const ConvShape& c, const float* dy, cons
                 const int64_t first = slices * part / p.parts;
                 for (int64_t i = first; i < slices * (part + 1) / p.parts; ++i) {
                     const Slice s = slice_at(p.gather, p.slices, i);
-                    const int64_t rows = source_rows(p.gather.h, s.rows);
-                    for (int64_t n = 0; n < s.images; ++n)
-                        for (int64_t row = 0; row < rows; ++row)
-                            pack_row(p.gather, p.slices, s, n, row, x, x_strides, w.in, x_packed);
+                    pack_slice(p.gather, p.slices, s, x, x_strides, w.in, x_packed);
                     for (int64_t line = 0; line < s.images * s.rows; ++line)
                         pack_line(w, p, s, line, dy, dy_strides, dy_packed, x_line, dy_line);
                     conv_sddmm_blocks(w, p, s, 0, w.nnzb, x_packed, dy_packed, x_line, dy_line, out, i > first, spare);
                 }
             }
-            if (p.parts > 1) {
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < size; i += VLEN) {
-                    const int64_t n = smaller(VLEN, size - i);
-                    vfloat sum = load_first(dvalues + i, n);
-                    for (int64_t part = 1; part < p.parts; ++part)
-                        sum += load_first(p.partials + (part - 1) * p.partial_floats + i, n);
-                    store_first(dvalues + i, sum, n);
-                }
-            }
+            add_partials(p, size, dvalues);
         }
     }
     clear_padding(w, p.taps, dvalues);
 }
 
+// Both gradients, and that of the bias, in one pass over dY: it is packed once, with the border that dX wants, and read
+// by all three.
+struct BackwardPlan {
+    ConvProduct product;  // dX
+    ProductSpace space;
+    ConvSddmmPlan grad;  // dW; its dY is the product's packed source
+    float* bias_sums;    // [threads][row_blocks * bh]
+    int64_t bias_floats;
+};
+
+// A stride leaves dX's gather without some pixels of dY, and so does padding wider than the kernel; other tiles pack dY
+// in strips of other widths.
+static bool backward_fuses(const BlockIndex& w, const ConvShape& c) {
+    return c.stride_h == 1 && c.stride_w == 1 && c.pad_h <= c.dilation_h * (c.kernel_h - 1) &&
+           c.pad_w <= c.dilation_w * (c.kernel_w - 1) && w.bw >= VLEN && w.bh >= 8;
+}
+
+static BackwardPlan plan_backward(const BlockIndex& w, const ConvShape& c, int64_t threads, Arena& arena) {
+    BackwardPlan b;
+    plan_product(w, c, true, 0, 0, threads, arena, b.product, b.space);
+    const SlicePlan& dy = b.product.slices;
+    ConvSddmmPlan& p = b.grad;
+    p.gather = gather_of(c, -1, -1);
+    p.thin = p.swapped = false;
+    p.taps = b.product.taps, p.columns = ceil_div(w.in, w.bw), p.row_blocks = ceil_div(w.out, w.bh);
+    // The rows of dY that a slice owns, see owned_rows, and their rows of X.
+    p.slices = dy;
+    p.slices.side = w.bw, p.slices.strips = p.columns;
+    p.slices.rows = smaller(c.out_height, dy.rows + c.pad_h);
+    p.slices.source_rows = source_rows(p.gather.h, p.slices.rows);
+    p.slices.width = (p.gather.w.grid - 1) * p.gather.w.step + p.gather.w.high - p.gather.w.low + 1;
+    p.slices.strip = strip_size(p.slices.images * p.slices.source_rows * p.slices.width, w.bw);
+    p.slices.bytes = whole_lines(4 * p.slices.strips * p.slices.strip);
+    const int64_t copies = dy.shared ? 1 : threads;
+    p.parts = dy.shared ? 1 : smaller(threads, dy.image_parts * dy.row_parts);
+    p.lines = p.slices.images * p.slices.rows, p.line_count = (p.lines + 7) / 8 * 8;
+    p.dy_strip = dy.strip, p.dy = b.space.packed, p.dy_floats = b.space.packed_floats;
+    p.strip_x = arena.take<int64_t>(p.taps * p.columns), p.strip_dy = arena.take<int64_t>(p.row_blocks);
+    p.partial_floats = (w.nnzb * w.bh * w.bw + 15) / 16 * 16;
+    p.partials = arena.take<float>((larger(1, p.parts) - 1) * p.partial_floats);
+    p.x_floats = p.slices.bytes / 4;
+    p.x = arena.take<float>(copies * p.x_floats);
+    p.x_line = arena.take<int64_t>(copies * p.line_count), p.dy_line = arena.take<int64_t>(copies * p.line_count);
+    p.spare_floats = (w.bh * w.bw + 15) / 16 * 16;
+    p.spare = arena.take<float>(threads * p.spare_floats);
+    b.bias_floats = (p.row_blocks * w.bh + 15) / 16 * 16;
+    b.bias_sums = arena.take<float>(threads * b.bias_floats);
+    return b;
+}
+
+static int64_t backward_workspace(const BlockIndex& w, const ConvShape& c, int64_t threads) {
+    Arena arena = {nullptr, 0};
+    if (c.batch) plan_backward(w, c, threads, arena);
+    return arena.used;
+}
+
+// The rows of dY whose part in dW belongs to a slice of dX: every row to one slice that packs it.
+static Slice owned_rows(const BackwardPlan& b, const Slice& s) {
+    const GatherAxis& h = b.product.gather.h;
+    const int64_t first = s.u ? larger(0, s.u + h.low) : 0;
+    const int64_t stop = s.u + s.rows == h.grid ? h.source : smaller(h.source, larger(0, s.u + s.rows + h.low));
+    return {s.n, s.images, first, larger(0, stop - first)};
+}
+
+// Where the owned row `line` lies in the strips of X and dY.
+static void place_line(const BlockIndex& w, const BackwardPlan& b, const Slice& s, const Slice& owned, int64_t line,
+                       int64_t* x_line, int64_t* dy_line) {
+    const Gather& g = b.product.gather;
+    const int64_t n = line / owned.rows, u = line % owned.rows;
+    x_line[line] = row_start(b.grad.gather, b.grad.slices, n, u);
+    const int64_t row = n * b.product.slices.source_rows + owned.u + u - (s.u + g.h.low);
+    dy_line[line] = (row * b.product.slices.width - g.w.low) * w.bh;
+}
+
+// sums [row_blocks * bh] += the packed row of dY at `line`.
+static void add_row(const BlockIndex& w, const BackwardPlan& b, const float* line, float* sums) {
+    for (int64_t r = 0; r < b.grad.row_blocks; ++r, line += b.grad.dy_strip, sums += w.bh) {
+        float row[64] = {};
+        for (int64_t p = 0; p < b.grad.gather.w.grid; ++p)
+            for (int64_t j = 0; j < w.bh; ++j) row[j] += line[p * w.bh + j];
+        for (int64_t j = 0; j < w.bh; ++j) sums[j] += row[j];
+    }
+}
+
+static void backward(const BlockIndex& w, const ConvShape& c, const float* values, const float* dy,
+                     const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides, float* dx,
+                     const ImageStrides& dx_strides, float* dvalues, float* dbias, int64_t threads, void* workspace) {
+    const int64_t size = w.nnzb * w.bh * w.bw;
+    if (!c.batch) {
+        for (int64_t i = 0; i < size; ++i) dvalues[i] = 0;
+        for (int64_t i = 0; dbias && i < w.out; ++i) dbias[i] = 0;
+        return;
+    }
+    Arena arena = {static_cast<char*>(workspace), 0};
+    BackwardPlan b = plan_backward(w, c, threads, arena);
+    ConvProduct& a = b.product;
+    const ConvSddmmPlan& p = b.grad;
+    a.values = values, a.src = dy, a.src_strides = dy_strides, a.bias = nullptr, a.dst = dx, a.dst_strides = dx_strides;
+    prepare_product(w, true, a, b.space);
+    place_strips(p);
+    const int64_t slices = a.slices.image_parts * a.slices.row_parts, blocks = a.ptr[a.n_blocks];
+    for (int64_t i = 0; i < threads * b.bias_floats; ++i) b.bias_sums[i] = 0;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+        float *scratch = b.space.thread + me * b.space.thread_floats, *spare = p.spare + me * p.spare_floats;
+        float* planes = scratch + (a.pack && !a.early ? a.chunk * w.bh * w.bw : 0);
+        float* sums = b.bias_sums + me * b.bias_floats;
+        if (a.early) {
+#pragma omp for schedule(static)
+            for (int64_t e = 0; e < blocks; ++e)
+                pack_block(values + a.slot[e] * w.bh * w.bw, a.stride_n, a.stride_k, a.nb, a.kb,
+                           b.space.weights + e * w.bh * w.bw);
+        }
+        if (a.slices.shared) {
+            const Slice s = slice_at(a.gather, a.slices, 0), owned = owned_rows(b, s);
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < s.images * a.slices.source_rows; ++i)
+                pack_row(a.gather, a.slices, s, i / a.slices.source_rows, i % a.slices.source_rows, dy, dy_strides,
+                         w.out, b.space.packed);
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < s.images * p.slices.source_rows; ++i)
+                pack_row(p.gather, p.slices, owned, i / p.slices.source_rows, i % p.slices.source_rows, x, x_strides,
+                         w.in, p.x);
+#pragma omp for schedule(static) nowait
+            for (int64_t row = 0; row < s.images * s.rows; ++row)
+                place_rows(a, s, row, row + 1, b.space.x_at, b.space.y_at);
+#pragma omp for schedule(static)
+            for (int64_t line = 0; line < owned.images * owned.rows; ++line)
+                place_line(w, b, s, owned, line, p.x_line, p.dy_line);
+            if (dbias) {
+#pragma omp for schedule(static) nowait
+                for (int64_t line = 0; line < owned.images * owned.rows; ++line)
+                    add_row(w, b, b.space.packed + p.dy_line[line], sums);
+            }
+            direct_share(a, s, b.space, s.images * s.rows * a.gather.w.grid, me, team, scratch, planes);
+            conv_sddmm_blocks(w, p, owned, w.nnzb * me / team, w.nnzb * (me + 1) / team, p.x, b.space.packed, p.x_line,
+                              p.dy_line, dvalues, false, spare);
+        } else {
+#pragma omp for schedule(static, 1)
+            for (int64_t part = 0; part < p.parts; ++part) {
+                float* out = part ? p.partials + (part - 1) * p.partial_floats : dvalues;
+                float *x_packed = p.x + me * p.x_floats, *packed = b.space.packed + me * b.space.packed_floats;
+                int64_t *x_line = p.x_line + me * p.line_count, *dy_line = p.dy_line + me * p.line_count;
+                int64_t* x_at = b.space.x_at + me * b.space.place_floats;
+                int64_t* y_at = b.space.y_at + me * b.space.place_floats;
+                bool begun = false;
+                for (int64_t i = slices * part / p.parts; i < slices * (part + 1) / p.parts; ++i) {
+                    const Slice s = slice_at(a.gather, a.slices, i), owned = owned_rows(b, s);
+                    pack_slice(a.gather, a.slices, s, dy, dy_strides, w.out, packed);
+                    place_rows(a, s, 0, s.images * s.rows, x_at, y_at);
+                    for (int64_t r = 0; r < a.n_blocks; ++r)
+                        direct_product(a, s, packed, x_at, y_at, r, 0, s.images * s.rows * a.gather.w.grid, scratch,
+                                       planes);
+                    for (int64_t line = 0; line < owned.images * owned.rows; ++line) {
+                        place_line(w, b, s, owned, line, x_line, dy_line);
+                        if (dbias) add_row(w, b, packed + dy_line[line], sums);
+                    }
+                    if (!owned.rows) continue;
+                    pack_slice(p.gather, p.slices, owned, x, x_strides, w.in, x_packed);
+                    conv_sddmm_blocks(w, p, owned, 0, w.nnzb, x_packed, packed, x_line, dy_line, out, begun, spare);
+                    begun = true;
+                }
+                for (int64_t i = 0; i < size && !begun; ++i) out[i] = 0;
+            }
+            add_partials(p, size, dvalues);
+        }
+    }
+    clear_padding(w, p.taps, dvalues);
+    for (int64_t i = 0; dbias && i < w.out; ++i) {
+        dbias[i] = 0;
+        for (int64_t t = 0; t < threads; ++t) dbias[i] += b.bias_sums[t * b.bias_floats + i];
+    }
+}
+
 extern const ConvBlockTable conv_block_table;
-const ConvBlockTable conv_block_table = {spmm_workspace, spmm, sddmm_workspace, sddmm};
+const ConvBlockTable conv_block_table = {spmm_workspace,     spmm,    sddmm_workspace, sddmm, backward_fuses,
+                                         backward_workspace, backward};
 
 }  // namespace sk::SK_ISA
