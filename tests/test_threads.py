@@ -1,4 +1,4 @@
-"""Threads: torch's number, torch's OpenMP runtime, two Python threads at once, and thousands of steps in flat memory."""
+"""Threads: torch's number, torch's OpenMP runtime, two Python threads at once, thousands of steps in flat memory."""
 
 from __future__ import annotations
 
