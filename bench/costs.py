@@ -76,8 +76,8 @@ def cases() -> Iterator[Case]:
             partial(normal, (positions, size)), positions,
         )  # fmt: skip
     conv = ("unstructured", "block:16x16", "block:32x32")
-    shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (1, 64, 16, 3),
-              (1, 256, 16, 3), (4, 224, 64, 1), (4, 448, 32, 1), (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
+    shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (16, 128, 16, 3),
+              (16, 256, 8, 3), (16, 512, 4, 3), (1, 64, 16, 3), (1, 256, 16, 3), (4, 224, 64, 1), (4, 448, 32, 1), (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
     for batch, channels, size, kernel in shapes:
         yield Case(
             "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, (0.25, 0.5, 0.75, 0.9),
