@@ -151,8 +151,8 @@ def _at_density(rows: Sequence[tuple[Work, Times]], density: float) -> tuple[flo
     (low, first), (high, second) = points[above - 1], points[above]
     share = (density - low) / (high - low)
     inside = min(1.0, max(0.0, share))
-    # Beyond the measured densities a line must not fall below what the arithmetic alone takes.
-    floor = first.sparse * density / low if share < 0 else second.sparse if share > 1 else 0.0
+    # Beyond the measured densities a line must not fall below what the arithmetic alone takes, nor to nothing.
+    floor = first.sparse * max(density / low, 0.05) if share < 0 else second.sparse if share > 1 else 0.0
     return (
         first.dense + inside * (second.dense - first.dense),
         first.densified + inside * (second.densified - first.densified),
