@@ -113,9 +113,19 @@ struct Plan {
         }
         // In the order of the index.
         std::sort(taps, taps + count, [](const ConvTap& a, const ConvTap& b) { return a.tap < b.tap; });
-        return {w.other,        w.slot,      index.cuts,          index.places,        index.cuts_row,
-                index.cuts_tap, w.origin(1), index.tiling.chunks, index.tiling.groups, index.tiling.chunk,
-                taps,           count};
+        return {w.other,
+                w.slot,
+                index.cuts,
+                index.places,
+                w.nnz,
+                index.cuts_row,
+                index.cuts_tap,
+                w.origin(1),
+                index.tiling.chunks,
+                index.tiling.groups,
+                index.tiling.chunk,
+                taps,
+                count};
     }
     // One thread's part of the stream and, where not all taps take part, of the runs.
     void fill(const ConvUnstructuredTable& kernels, const ConvFill& from, const float* values, int64_t id,
@@ -252,7 +262,6 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
         for (int64_t worker = id; worker < copies; worker += team) {
             const Desk desk = plan.desk(worker);
             float* sums = plan.sums + worker * plan.entries;
-            std::fill(sums, sums + kQuad * index.quads[index.tiling.tiles()], 0.0f);
             for (int64_t p = worker; p < panels.count; p += copies) {
                 conv_lanes(panels, p, x_strides, dy_strides, desk.lanes);
                 conv_write_rows(panels, p, dy_strides, desk.lanes, desk.writes);
@@ -261,7 +270,7 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
                     const int64_t group = t % index.tiling.groups;
                     if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, {x, x_strides}, desk);
                     kernels.sddmm_tile(plan.runs(t), index.counts[t], plan.locals, desk.tiles + plan.tile_at(group),
-                                       desk.panel, panels.height, panels.live(p), sums);
+                                       desk.panel, panels.height, panels.live(p), p == worker, sums);
                 }
             }
         }

@@ -41,7 +41,7 @@ struct ConvTap {
 // cuts[r * cuts_row + t * cuts_tap + j].
 struct ConvFill {
     const int32_t *other, *slot, *cuts, *places;
-    int64_t cuts_row, cuts_tap, origin_tap;  // `other` holds channel + tap * origin_tap
+    int64_t nnz, cuts_row, cuts_tap, origin_tap;  // `other` holds channel + tap * origin_tap
     int64_t chunks, groups, width;
     const ConvTap* taps;
     int64_t tap_count;
@@ -76,9 +76,10 @@ struct ConvUnstructuredTable {
     // bias (zero where bias is null). y [rows][height][16]; height 1, 2, 4 or 8.
     void (*spmm_tile)(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,
                       float* y, int64_t height, bool first, const float* bias);
-    // sums[k] += Σ_p dy[row][p] · x[local_k][p] over the first `live` vector rows, for every entry of the stream.
+    // sums[k] += Σ_p dy[row][p] · x[local_k][p] over the first `live` vector rows, for every entry of the runs; on the
+    // first panel it is set.
     void (*sddmm_tile)(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
-                       int64_t height, int64_t live, float* sums);
+                       int64_t height, int64_t live, bool first, float* sums);
 };
 
 }  // namespace sk

@@ -51,8 +51,7 @@ ConvRuns::ConvRuns(const ConvView& w, const int32_t* buffer)
       cuts_tap(w.transposed ? w.rows * tiling.chunks : tiling.chunks) {
     runs = reinterpret_cast<ConvRun*>(const_cast<int32_t*>(buffer));
     counts = const_cast<int32_t*>(buffer) + run_ints();
-    quads = counts + tiling.tiles();
-    places = quads + tiling.tiles() + 1;
+    places = counts + tiling.tiles();
     cuts = places + rows * tiling.tiles();
 }
 
@@ -98,7 +97,6 @@ void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch) {
         ConvRun* runs = index.runs + t * w.rows;
         for (int64_t row = 0; row < w.rows; ++row)
             runs[place[kMaxColumns - length[row]]++] = {static_cast<int32_t>(row), length[row], 0};
-        index.quads[t] = quad;
         for (int64_t i = 0; i < w.rows; ++i) {
             runs[i].quad = quad;
             index.places[runs[i].row * tiling.tiles() + t] = quad;
@@ -106,7 +104,6 @@ void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch) {
         }
         index.counts[t] = static_cast<int32_t>(t == 0 ? w.rows : filled);
     }
-    index.quads[tiling.tiles()] = quad;
 }
 
 void conv_shorten(const ConvRuns& index, const ConvTap* taps, int64_t tap_count, int64_t tile, ConvRun* runs) {

@@ -40,20 +40,20 @@ struct ConvTiling {
 };
 
 // In one int32 buffer: [tiles][rows] runs of all taps, longest first; [tiles] how many of them count (every row has a
-// run in the first tile, so that every output is written; elsewhere empty ones are left out); [tiles + 1] where the
-// quads of a tile start in the stream; [rows][tiles] where those of a run do; and [rows][taps][chunks] (transposed:
-// [taps][rows][chunks]) where each chunk's entries start in the sorted index, then nnz.
+// run in the first tile, so that every output is written; elsewhere empty ones are left out); [rows][tiles] where the
+// quads of a run start in the stream; and [rows][taps][chunks] (transposed: [taps][rows][chunks]) where each chunk's
+// entries start in the sorted index, then nnz.
 struct ConvRuns {
     ConvTiling tiling;
     int64_t rows, cuts_row, cuts_tap;
     ConvRun* runs;
-    int32_t *counts, *quads, *places, *cuts;
+    int32_t *counts, *places, *cuts;
 
     ConvRuns(const ConvView& w, const int32_t* buffer);
 
     int64_t run_ints() const { return 3 * tiling.tiles() * rows; }
     int64_t ints(int64_t taps) const {
-        return run_ints() + 2 * tiling.tiles() + 1 + rows * tiling.tiles() + rows * taps * tiling.chunks + 1;
+        return run_ints() + tiling.tiles() + rows * tiling.tiles() + rows * taps * tiling.chunks + 1;
     }
     // Of the stream, whatever the pattern: each run wastes at most three quarters of a quad.
     int64_t max_entries(int64_t nnz) const;

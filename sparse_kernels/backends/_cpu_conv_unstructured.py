@@ -19,8 +19,8 @@ BUFFERS = ("by_row", "by_col")
 
 
 class RunsDeriver:
-    """The runs of nonzeros that share a row (a column) and a tile, longest first in each tile, and where their parts lie
-    in the sorted index.
+    """The runs of nonzeros that share a row (a column) and a tile, longest first in each tile, and where their parts
+    lie in the sorted index.
 
     16 bytes a run and 4 for each of its taps, in the orientations `by_row` and `by_col`; a run has nonzeros of some 60
     channels and, for a square kernel, one column of its taps.

@@ -28,7 +28,7 @@ SK_INLINE bool whole(const ConvLanes& lanes) { return lanes.pieces == 1 && lanes
 // because planes a power of two apart share their sets in every cache: nothing that is read stays there for long.
 static void pack_planes(const float* x, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
                         float* packed) {
-    constexpr int64_t kAhead = 6;  // channels
+    constexpr int64_t kAhead = 10;  // channels
     for (int64_t c = 0; c < channels; ++c) {
         const float* plane = x + c * stride_c;
         for (int64_t j = 0; j < count; ++j) {
@@ -41,6 +41,7 @@ static void pack_planes(const float* x, int64_t stride_c, int64_t channels, cons
             }
             const float* from = plane + row.offset + lanes.at[lanes.lane[0]];
             __builtin_prefetch(from + kAhead * stride_c);
+            __builtin_prefetch(from + kAhead * stride_c + kRow - 1);
             if (whole(lanes)) {
                 for (int l = 0; l < kRow; l += VLEN) store(to + l, load(from + l));
                 continue;
@@ -123,7 +124,7 @@ static void unpack(const float* packed, int64_t stride_c, int64_t channels, cons
 #if SK_VLEN == 16
 // Entries [0, n) of one stretch, n in [1, 16]. Slots that follow one another, as all do until a regrow, need no gather.
 SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, uint32_t scale, uint32_t base,
-                         const float* values, float* weights, uint16_t* locals) {
+                         const float* values, const int32_t* last_slot, float* weights, uint16_t* locals) {
     const __mmask16 mask = (__mmask16)((1u << n) - 1u);
     const __m512i column = _mm512_maskz_loadu_epi32(mask, other);
     const __m512i local =
@@ -137,17 +138,23 @@ SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, u
         _mm512_mask_storeu_ps(weights, mask, _mm512_maskz_loadu_ps(mask, values + *slot));
         return;
     }
-    for (int64_t k = 0; k < n; ++k) weights[k] = values[slot[k]];
+    constexpr int64_t kAhead = 64;  // entries
+    const int64_t far = last_slot - slot < kAhead + n ? 0 : kAhead;
+    for (int64_t k = 0; k < n; ++k) {
+        __builtin_prefetch(values + slot[k + far]);
+        weights[k] = values[slot[k]];
+    }
 }
 #endif
 
 SK_INLINE void fill_stretch(const int32_t* other, const int32_t* slot, int64_t count, uint32_t scale, uint32_t base,
-                            const float* values, float* weights, uint16_t* locals) {
+                            const float* values, const int32_t* last_slot, float* weights, uint16_t* locals) {
 #if SK_VLEN == 16
     for (int64_t k = 0; k < count; k += 16)
-        fill_some(other + k, slot + k, count - k < 16 ? count - k : 16, scale, base, values,
+        fill_some(other + k, slot + k, count - k < 16 ? count - k : 16, scale, base, values, last_slot,
                   weights ? weights + k : weights, locals + k);
 #else
+    (void)last_slot;
     for (int64_t k = 0; k < count; ++k)
         locals[k] = static_cast<uint16_t>(static_cast<uint32_t>(other[k]) * scale + base);
     if (weights)
@@ -159,6 +166,7 @@ SK_INLINE void fill_stretch(const int32_t* other, const int32_t* slot, int64_t c
 static void fill(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
                  int32_t* place) {
     const int64_t tiles = from.chunks * from.groups;
+    const int32_t* last_slot = from.slot + from.nnz - 1;
     for (; row < end; ++row) {
         for (int64_t t = 0; t < tiles; ++t) {
             place[t] = 4 * from.places[row * tiles + t];
@@ -179,7 +187,7 @@ static void fill(const ConvFill& from, int64_t row, int64_t end, const float* va
                 int32_t& at = place[j * from.groups + tap.group];
                 if (count > 0)
                     fill_stretch(from.other + cut[j], from.slot + cut[j], count, scale,
-                                 static_cast<uint32_t>(tap.address) - first * scale, values,
+                                 static_cast<uint32_t>(tap.address) - first * scale, values, last_slot,
                                  weights ? weights + at : weights, locals + at);
                 at += static_cast<int32_t>(count);
             }
@@ -256,7 +264,7 @@ static void spmm_tile(const ConvRun* runs, int64_t count, const float* weights, 
 
 template <int Width, int Part>
 static void sddmm_part(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
-                       float* sums) {
+                       bool first, float* sums) {
     constexpr int kVectors = Part / VLEN;
     float* const all = sums;
     for (int64_t i = 0; i < count; ++i) {
@@ -273,7 +281,8 @@ static void sddmm_part(const ConvRun* runs, int64_t count, const uint16_t* local
             return m;
         };
         const auto add = [&](vquad sum) __attribute__((always_inline)) {
-            *reinterpret_cast<vquad*>(sums) += sum;
+            vquad& to = *reinterpret_cast<vquad*>(sums);
+            to = first ? sum : to + sum;
             sums += 4;
         };
         int32_t left = runs[i].count;
@@ -298,20 +307,20 @@ static void sddmm_part(const ConvRun* runs, int64_t count, const uint16_t* local
 // 8, 4, 2 and 1 rows make up any number of them.
 template <int Width, int Part>
 SK_INLINE void sddmm_rows(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
-                          int from, int end, float* sums) {
+                          int from, int end, bool first, float* sums) {
     if constexpr (Part <= Width && Part <= part_of(Width))
         for (; from + Part <= end; from += Part)
-            sddmm_part<Width, Part>(runs, count, locals, x + from, dy + from, sums);
-    if constexpr (Part > kRow) sddmm_rows<Width, Part / 2>(runs, count, locals, x, dy, from, end, sums);
+            sddmm_part<Width, Part>(runs, count, locals, x + from, dy + from, first && from == 0, sums);
+    if constexpr (Part > kRow) sddmm_rows<Width, Part / 2>(runs, count, locals, x, dy, from, end, first, sums);
 }
 
 static void sddmm_tile(const ConvRun* runs, int64_t count, const uint16_t* locals, const float* x, const float* dy,
-                       int64_t height, int64_t live, float* sums) {
+                       int64_t height, int64_t live, bool first, float* sums) {
     const int end = static_cast<int>(live) * kRow;
-    if (height == 8) sddmm_rows<8 * kRow, 8 * kRow>(runs, count, locals, x, dy, 0, end, sums);
-    if (height == 4) sddmm_rows<4 * kRow, 4 * kRow>(runs, count, locals, x, dy, 0, end, sums);
-    if (height == 2) sddmm_rows<2 * kRow, 2 * kRow>(runs, count, locals, x, dy, 0, end, sums);
-    if (height == 1) sddmm_rows<1 * kRow, 1 * kRow>(runs, count, locals, x, dy, 0, end, sums);
+    if (height == 8) sddmm_rows<8 * kRow, 8 * kRow>(runs, count, locals, x, dy, 0, end, first, sums);
+    if (height == 4) sddmm_rows<4 * kRow, 4 * kRow>(runs, count, locals, x, dy, 0, end, first, sums);
+    if (height == 2) sddmm_rows<2 * kRow, 2 * kRow>(runs, count, locals, x, dy, 0, end, first, sums);
+    if (height == 1) sddmm_rows<1 * kRow, 1 * kRow>(runs, count, locals, x, dy, 0, end, first, sums);
 }
 
 extern const ConvUnstructuredTable conv_unstructured_table;
