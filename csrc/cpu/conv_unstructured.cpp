@@ -275,8 +275,8 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
             }
         }
 #pragma omp barrier
-        conv_scatter(from, w.out * id / team, w.out * (id + 1) / team, plan.sums, copies, plan.entries, dvalues,
-                     plan.place(id));
+        kernels.scatter(from, w.out * id / team, w.out * (id + 1) / team, plan.sums, copies, plan.entries, dvalues,
+                        plan.place(id));
     }
     return kOk;
 }

@@ -72,6 +72,9 @@ struct ConvUnstructuredTable {
     // The stream of some rows: addresses, and values where weights is not null. place [tiles] is scratch.
     void (*fill)(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
                  int32_t* place);
+    // dvalues[slot] = the sum of `copies` streams of sums, `stride` entries apart, for the entries of some rows.
+    void (*scatter)(const ConvFill& to, int64_t row, int64_t end, const float* sums, int64_t copies, int64_t stride,
+                    float* dvalues, int32_t* place);
     // y[row] = start + Σ w_k · x[local_k] for every run, where start is y[row] itself, or on the first tile the row's
     // bias (zero where bias is null). y [rows][height][16]; height 1, 2, 4 or 8.
     void (*spmm_tile)(const ConvRun* runs, int64_t count, const float* weights, const uint16_t* locals, const float* x,

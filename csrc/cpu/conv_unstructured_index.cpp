@@ -119,32 +119,4 @@ void conv_shorten(const ConvRuns& index, const ConvTap* taps, int64_t tap_count,
     }
 }
 
-void conv_scatter(const ConvFill& from, int64_t row, int64_t end, const float* sums, int64_t copies, int64_t stride,
-                  float* dvalues, int32_t* place) {
-    const int64_t tiles = from.chunks * from.groups;
-    for (; row < end; ++row) {
-        for (int64_t t = 0; t < tiles; ++t) {
-            place[t] = static_cast<int32_t>(kQuad * from.places[row * tiles + t]);
-            if (row + 1 == end) continue;
-            const int64_t later = kQuad * from.places[(row + 1) * tiles + t];
-            for (int64_t c = 0; c < copies; ++c) {
-                __builtin_prefetch(sums + later + c * stride);
-                __builtin_prefetch(sums + later + c * stride + 16);
-            }
-        }
-        for (int64_t i = 0; i < from.tap_count; ++i) {
-            const ConvTap tap = from.taps[i];
-            const int32_t* cut = from.cuts + row * from.cuts_row + tap.tap * from.cuts_tap;
-            for (int64_t j = 0; j < from.chunks; ++j) {
-                int32_t& at = place[j * from.groups + tap.group];
-                for (int32_t k = cut[j]; k < cut[j + 1]; ++k, ++at) {
-                    float sum = sums[at];
-                    for (int64_t c = 1; c < copies; ++c) sum += sums[at + c * stride];
-                    dvalues[from.slot[k]] = sum;
-                }
-            }
-        }
-    }
-}
-
 }  // namespace sk

@@ -66,8 +66,4 @@ void conv_derive(const ConvView& w, const ConvRuns& index, int32_t* scratch);
 // The runs of one tile in a product that some taps take no part in: those of all taps, with fewer entries.
 void conv_shorten(const ConvRuns& index, const ConvTap* taps, int64_t tap_count, int64_t tile, ConvRun* runs);
 
-// dvalues[slot] = the sum of `copies` streams of sums, `stride` entries apart, for the rows row .. end. place [tiles].
-void conv_scatter(const ConvFill& from, int64_t row, int64_t end, const float* sums, int64_t copies, int64_t stride,
-                  float* dvalues, int32_t* place);
-
 }  // namespace sk

@@ -122,24 +122,35 @@ static void unpack(const float* packed, int64_t stride_c, int64_t channels, cons
 }
 
 #if SK_VLEN == 16
-// Entries [0, n) of one stretch, n in [1, 16]. Slots that follow one another, as all do until a regrow, need no gather.
+// In entries. The stretches of a tap follow one another in the index, but in time those of other taps lie between.
+constexpr int64_t kIndexAhead = 256, kSlotsAhead = 64;
+
+// Whether slots follow one another, as all do until a regrow.
+SK_INLINE bool in_order(__m512i slots, __mmask16 mask) {
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i first = _mm512_set1_epi32(_mm512_cvtsi512_si32(slots));
+    return _mm512_mask_cmpneq_epi32_mask(mask, slots, _mm512_add_epi32(first, iota)) == 0;
+}
+
+// Entries [0, n) of one stretch, n in [1, 16].
 SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, uint32_t scale, uint32_t base,
                          const float* values, const int32_t* last_slot, float* weights, uint16_t* locals) {
+    __builtin_prefetch(other + kIndexAhead);
+    __builtin_prefetch(slot + kIndexAhead);
     const __mmask16 mask = (__mmask16)((1u << n) - 1u);
     const __m512i column = _mm512_maskz_loadu_epi32(mask, other);
     const __m512i local =
         _mm512_add_epi32(_mm512_mullo_epi32(column, _mm512_set1_epi32((int)scale)), _mm512_set1_epi32((int)base));
-    _mm512_mask_cvtepi32_storeu_epi16(locals, mask, local);
+    _mm256_mask_storeu_epi16(locals, mask, _mm512_maskz_cvtepi32_epi16(mask, local));
     if (!weights) return;
     const __m512i slots = _mm512_maskz_loadu_epi32(mask, slot);
-    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i row = _mm512_add_epi32(_mm512_set1_epi32(*slot), iota);
-    if (_mm512_mask_cmpneq_epi32_mask(mask, slots, row) == 0) {
+    if (in_order(slots, mask)) {
+        __builtin_prefetch(values + *slot + kIndexAhead);
         _mm512_mask_storeu_ps(weights, mask, _mm512_maskz_loadu_ps(mask, values + *slot));
         return;
     }
-    constexpr int64_t kAhead = 64;  // entries
-    const int64_t far = last_slot - slot < kAhead + n ? 0 : kAhead;
+    // A gather instruction is slower, and cannot look ahead.
+    const int64_t far = last_slot - slot < kSlotsAhead + n ? 0 : kSlotsAhead;
     for (int64_t k = 0; k < n; ++k) {
         __builtin_prefetch(values + slot[k + far]);
         weights[k] = values[slot[k]];
@@ -190,6 +201,55 @@ static void fill(const ConvFill& from, int64_t row, int64_t end, const float* va
                                  static_cast<uint32_t>(tap.address) - first * scale, values, last_slot,
                                  weights ? weights + at : weights, locals + at);
                 at += static_cast<int32_t>(count);
+            }
+        }
+    }
+}
+
+// dvalues[slot[k]] = the sum of `copies` sums, `stride` entries apart.
+SK_INLINE void scatter_stretch(const int32_t* slot, int64_t count, const float* sums, int64_t copies, int64_t stride,
+                               float* dvalues) {
+#if SK_VLEN == 16
+    for (int64_t k = 0; k < count; k += 16) {
+        const __mmask16 mask = (__mmask16)(count - k < 16 ? (1u << (count - k)) - 1u : 0xffffu);
+        __builtin_prefetch(slot + k + kIndexAhead);
+        const __m512i slots = _mm512_maskz_loadu_epi32(mask, slot + k);
+        __m512 sum = _mm512_maskz_loadu_ps(mask, sums + k);
+        for (int64_t c = 1; c < copies; ++c) sum += _mm512_maskz_loadu_ps(mask, sums + c * stride + k);
+        if (in_order(slots, mask))
+            _mm512_mask_storeu_ps(dvalues + slot[k], mask, sum);
+        else
+            _mm512_mask_i32scatter_ps(dvalues, mask, slots, sum, 4);
+    }
+#else
+    for (int64_t k = 0; k < count; ++k) {
+        float sum = sums[k];
+        for (int64_t c = 1; c < copies; ++c) sum += sums[c * stride + k];
+        dvalues[slot[k]] = sum;
+    }
+#endif
+}
+
+static void scatter(const ConvFill& to, int64_t row, int64_t end, const float* sums, int64_t copies, int64_t stride,
+                    float* dvalues, int32_t* place) {
+    const int64_t tiles = to.chunks * to.groups;
+    for (; row < end; ++row) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            place[t] = 4 * to.places[row * tiles + t];
+            if (row + 1 == end) continue;
+            const float* later = sums + 4 * static_cast<int64_t>(to.places[(row + 1) * tiles + t]);
+            for (int64_t c = 0; c < copies; ++c) {
+                __builtin_prefetch(later + c * stride);
+                __builtin_prefetch(later + c * stride + 16);
+            }
+        }
+        for (int64_t i = 0; i < to.tap_count; ++i) {
+            const ConvTap tap = to.taps[i];
+            const int32_t* cut = to.cuts + row * to.cuts_row + tap.tap * to.cuts_tap;
+            for (int64_t j = 0; j < to.chunks; ++j) {
+                int32_t& at = place[j * to.groups + tap.group];
+                scatter_stretch(to.slot + cut[j], cut[j + 1] - cut[j], sums + at, copies, stride, dvalues);
+                at += cut[j + 1] - cut[j];
             }
         }
     }
@@ -324,6 +384,6 @@ static void sddmm_tile(const ConvRun* runs, int64_t count, const uint16_t* local
 }
 
 extern const ConvUnstructuredTable conv_unstructured_table;
-const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, fill, spmm_tile, sddmm_tile};
+const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, fill, scatter, spmm_tile, sddmm_tile};
 
 }  // namespace sk::SK_ISA
