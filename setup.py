@@ -27,6 +27,7 @@ AVX2 = "-fno-exceptions -mavx2 -mfma -mbmi2"
 ISAS = {"portable": "-fno-exceptions"}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": f"{AVX2} -mavx512f -mavx512dq -mavx512bw -mavx512vl"}
+    ISAS["avx512_bf16"] = f"{ISAS['avx512']} -mavx512bf16"  # for the files that name it, see csrc/cpu/bf16.h
 
 RULES = """
 rule compile
@@ -60,13 +61,12 @@ def find_nvcc() -> str | None:
 
 
 def cuda_flags(nvcc: str, host_flags: str) -> tuple[str, str]:
-    """The flags of nvcc, and those that link the static runtime (it opens the driver, if any, on first use)."""
+    """The flags of nvcc (CUDA 13 dropped sm_70), and of the static runtime, which opens the driver on first use."""
     dryrun = run(nvcc, "--dryrun", "x.cu").stderr
     version, libraries = re.search(r"__CUDACC_VER_MAJOR__=(\d+)", dryrun), re.search(r"LIBRARIES=(.*)", dryrun)
     if not version or not libraries:
         sys.exit(f"{nvcc} --dryrun fails; repair the CUDA toolkit or set SPARSE_KERNELS_CUDA=off:\n{dryrun}")
-    default = "70;80;90a" if int(version[1]) < 13 else "75;80;90a"  # CUDA 13 dropped sm_70
-    archs = os.environ.get("SPARSE_KERNELS_ARCHS") or default
+    archs = os.environ.get("SPARSE_KERNELS_ARCHS") or ("70;80;90a" if int(version[1]) < 13 else "75;80;90a")
     if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", archs):
         sys.exit(f"SPARSE_KERNELS_ARCHS must look like '80;90a'; got {archs!r}.")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs.split(";")]
@@ -91,9 +91,9 @@ def manifest(target: Path) -> str:
         more = "-DSK_CUDA" if nvcc and source.stem == "bind_cuda" else ""
         edges.append((f"{source.parent.name}/{source.stem}.o", "cxx", source, more))
     for source in sorted(ROOT.glob("csrc/cpu/kernels/*.cpp")):
-        edges += [(f"{isa}/{source.stem}.o", "cxx", source, f"-DSK_ISA={isa} {m}") for isa, m in ISAS.items()]
-    for source in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []:
-        edges.append((f"cuda/{source.stem}.o", "nvcc", source, ""))
+        isas = [isa for isa in ISAS if isa != "avx512_bf16" or "__AVX512BF16__" in source.read_text()]
+        edges += [(f"{isa}/{source.stem}.o", "cxx", source, f"-DSK_ISA={isa} {ISAS[isa]}") for isa in isas]
+    edges += [(f"cuda/{s.stem}.o", "nvcc", s, "") for s in sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc]
     flags = f"-std=c++17 -O3 -ffp-contract=fast -fno-math-errno {host} -I'{ROOT / 'csrc'}' {includes}"
     lines = [f"cxx = {cxx} {flags}", f"nvcc = {nvcc} -ccbin '{cxx}' -I'{ROOT / 'csrc'}' {nvflags}", RULES]
     escape = {ord(c): f"${c}" for c in "$ :"}

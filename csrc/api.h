@@ -26,10 +26,27 @@ struct BlockIndex {
     const int32_t *ccol, *row_t, *slot_t;  // [col_blocks + 1] [nnzb] [nnzb]
 };
 
+// The bits of a bfloat16.
+using bf16 = uint16_t;
+
+// What is applied to a product and its bias.
+enum Activation : int { kIdentity, kRelu, kSilu, kGelu, kGeluTanh };
+
+// The end of a product: y = activation(sum + bias), and pre = sum + bias for the backward.
+template <class T>
+struct Epilogue {
+    const float* bias;  // [out] or null
+    Activation activation;
+    T* pre;  // as y, with its row stride; or null
+};
+
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
 // The instruction set in use: "avx512", "avx2" or "portable".
 const char* isa_name();
+
+// Whether the kernels for bf16 activations run: with AVX512-BF16, unless a lesser instruction set is forced.
+bool bf16_kernels();
 
 // The fp32 rate in GFLOP/s (a multiply-add counts two) that `threads` threads reach on independent register-resident
 // multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
@@ -52,24 +69,33 @@ int densify(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const
 int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* dense, void* values,
                   int64_t threads);
 
-// Block-CSR linear, fp32, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any
-// row stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
+// Block-CSR linear, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any row
+// stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
 // the padding of dvalues as zero, and do not depend on what they or the workspace held. Results repeat bit for bit;
 // those of block_spmm and block_spmm_t are the same for every thread count.
+//
+// T is float, or bf16 for activations in bfloat16: the weights are rounded to bf16, sums are fp32. The bf16 kernels
+// serve sides of 16 and more where bf16_kernels(); elsewhere they return kUnsupported.
 
-// y [positions, out] = x [positions, in] * W' + bias
+// y [positions, out] = activation(x [positions, in] * W' + bias); pre (as y, or null) is what the activation is given
+template <class T>
 int64_t block_spmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
-int block_spmm(const BlockIndex& w, const float* values, const float* x, int64_t ldx, const float* bias, float* y,
-               int64_t ldy, int64_t positions, int64_t threads, void* workspace);
+template <class T>
+int block_spmm(const BlockIndex& w, const float* values, const T* x, int64_t ldx, const float* bias, int64_t activation,
+               T* pre, T* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace);
 
 // dx [positions, in] = dy [positions, out] * W
+template <class T>
 int64_t block_spmm_t_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
-int block_spmm_t(const BlockIndex& w, const float* values, const float* dy, int64_t ldy, float* dx, int64_t ldx,
+template <class T>
+int block_spmm_t(const BlockIndex& w, const float* values, const T* dy, int64_t ldy, T* dx, int64_t ldx,
                  int64_t positions, int64_t threads, void* workspace);
 
 // dvalues = dy' [out, positions] * x [positions, in] at the active blocks
+template <class T>
 int64_t block_sddmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
-int block_sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
+template <class T>
+int block_sddmm(const BlockIndex& w, const T* dy, int64_t ldy, const T* x, int64_t ldx, float* dvalues,
                 int64_t positions, int64_t threads, void* workspace);
 
 // Unstructured linear, fp32, blocks 1 x 1; otherwise as above. `runs` is the derived index of one orientation: a list
@@ -82,10 +108,11 @@ int64_t unstructured_runs_ints(const BlockIndex& w, bool transposed);
 int64_t unstructured_derive_workspace_bytes(const BlockIndex& w, bool transposed);
 int unstructured_derive(const BlockIndex& w, bool transposed, int32_t* runs, void* workspace);
 
-// y [positions, out] = x [positions, in] * W' + bias
+// y [positions, out] = activation(x [positions, in] * W' + bias); pre as in block_spmm
 int64_t unstructured_spmm_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);
 int unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const float* x, int64_t ldx,
-                      const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace);
+                      const float* bias, int64_t activation, float* pre, float* y, int64_t ldy, int64_t positions,
+                      int64_t threads, void* workspace);
 
 // dx [positions, in] = dy [positions, out] * W, through the transposed runs
 int64_t unstructured_spmm_t_workspace_bytes(const BlockIndex& w, int64_t positions, int64_t threads);

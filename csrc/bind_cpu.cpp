@@ -12,6 +12,9 @@ void bind_cpu(py::module_& m) {
 
     m.def("isa_name", [] { return isa_name(); }, "The instruction set in use: 'avx512', 'avx2' or 'portable'.");
     m.def(
+        "bf16_kernels", [] { return bf16_kernels(); },
+        "Whether the kernels for bf16 activations run here, with the instruction set in use.");
+    m.def(
         "isa_names",
         [] {
             py::list names;

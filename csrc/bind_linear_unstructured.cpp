@@ -19,15 +19,16 @@ void bind_linear_unstructured(py::module_& m) {
           py::arg("positions"), py::arg("threads"));
     m.def(
         "unstructured_spmm",
-        [](const BlockIndex& w, addr runs, addr values, addr x, int64_t ldx, addr bias, addr y, int64_t ldy,
-           int64_t positions, int64_t threads, addr workspace) {
+        [](const BlockIndex& w, addr runs, addr values, addr x, int64_t ldx, addr bias, int64_t activation, addr pre,
+           addr y, int64_t ldy, int64_t positions, int64_t threads, addr workspace) {
             return unstructured_spmm(w, ptr<const int32_t>(runs), ptr<const float>(values), ptr<const float>(x), ldx,
-                                     ptr<const float>(bias), ptr<float>(y), ldy, positions, threads,
-                                     ptr<void>(workspace));
+                                     ptr<const float>(bias), activation, ptr<float>(pre), ptr<float>(y), ldy, positions,
+                                     threads, ptr<void>(workspace));
         },
         py::arg("index"), py::arg("runs"), py::arg("values"), py::arg("x"), py::arg("ldx"), py::arg("bias"),
-        py::arg("y"), py::arg("ldy"), py::arg("positions"), py::arg("threads"), py::arg("workspace"), no_gil(),
-        "y [positions, out] = x [positions, in] W' + bias; addresses of fp32 buffers, see csrc/api.h.");
+        py::arg("activation"), py::arg("pre"), py::arg("y"), py::arg("ldy"), py::arg("positions"), py::arg("threads"),
+        py::arg("workspace"), no_gil(),
+        "y [positions, out] = activation(x [positions, in] W' + bias); addresses of fp32 buffers, see csrc/api.h.");
     m.def("unstructured_spmm_t_workspace_bytes", &unstructured_spmm_t_workspace_bytes, py::arg("index"),
           py::arg("positions"), py::arg("threads"));
     m.def(

@@ -49,7 +49,8 @@ def _cpu() -> list[tuple[str, str]]:
     reason = _native.why_unavailable()
     if reason is None:
         native = _native.native()
-        rows.append(("kernels", f"{native.isa_name()} (of {', '.join(native.isa_names())}; SPARSE_KERNELS_ISA)"))
+        bf16 = " with bf16" if native.bf16_kernels() else ", bf16 converted"
+        rows.append(("kernels", f"{native.isa_name()}{bf16} (of {', '.join(native.isa_names())}; SPARSE_KERNELS_ISA)"))
     else:
         rows.append(("kernels", f"none: {reason}"))
     total, available = _proc("/proc/meminfo", "MemTotal"), _proc("/proc/meminfo", "MemAvailable")

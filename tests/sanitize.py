@@ -24,7 +24,7 @@ from sparse_kernels.backends._cpu_launch import native, native_index, workspace
 index = Topology.full(16, 16, Block(16, 16)).weight_index()
 w, values, x, y = native_index(index), torch.ones(1, 16, 16), torch.ones(32, 16), torch.empty(32, 16)
 space = workspace(native().block_spmm_workspace_bytes(w, 33, 1))
-native().block_spmm(w, values.data_ptr(), x.data_ptr(), 16, 0, y.data_ptr(), 16, 33, 1, space.data_ptr())
+native().block_spmm(w, values.data_ptr(), x.data_ptr(), 16, 0, 0, 0, y.data_ptr(), 16, 33, 1, space.data_ptr())
 """
 
 

@@ -22,6 +22,7 @@ LAYERS = {
     "sparse_kernels._C": 0,
     "sparse_kernels._native": 0,
     "sparse_kernels.triton_kernels": 0,
+    "sparse_kernels.activations": 0,
     "sparse_kernels.patterns": 0,
     "sparse_kernels.index": 1,
     "sparse_kernels.topology": 1,

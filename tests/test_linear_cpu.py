@@ -169,7 +169,7 @@ def test_launchers_refuse_a_broken_index() -> None:
     native = _native.native()
     for out, bh, threads in [(64, 5, 1), (0, 8, 1), (64, 8, 0)]:
         index = native.BlockIndex(out, 64, bh, 8, 0, 0, 0, 0, 0, 0, 0)
-        assert native.block_spmm(index, 0, 0, 64, 0, 0, 64, 1, threads, 0) != 0
+        assert native.block_spmm(index, 0, 0, 64, 0, 0, 0, 0, 64, 1, threads, 0) != 0
         assert native.block_spmm_t(index, 0, 0, 64, 0, 64, 1, threads, 0) != 0
         assert native.block_sddmm(index, 0, 64, 0, 64, 0, 1, threads, 0) != 0
     assert Unstructured() not in BLOCKS

@@ -174,7 +174,7 @@ def test_launchers_refuse_a_broken_index() -> None:
     native = _native.native()
     for out, bh, threads in [(64, 8, 1), (0, 1, 1), (64, 1, 0)]:
         index = native.BlockIndex(out, 64, bh, 1, 0, 0, 0, 0, 0, 0, 0)
-        assert native.unstructured_spmm(index, 0, 0, 0, 64, 0, 0, 64, 1, threads, 0) != 0
+        assert native.unstructured_spmm(index, 0, 0, 0, 64, 0, 0, 0, 0, 64, 1, threads, 0) != 0
         assert native.unstructured_spmm_t(index, 0, 0, 0, 64, 0, 64, 1, threads, 0) != 0
         assert native.unstructured_sddmm(index, 0, 0, 64, 0, 64, 0, 1, threads, 0) != 0
         assert native.unstructured_spmm_workspace_bytes(index, 1, threads) == 0

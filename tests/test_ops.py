@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparse_kernels import Block, Topology, Unstructured, backends, ops, testing
+from sparse_kernels.activations import ACTIVATIONS
 
 BACKENDS = backends.names()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -112,6 +113,37 @@ def test_linear_repeats_bit_for_bit(backend: str, pattern: Block) -> None:
         runs.append((y.detach(), x.grad, values.grad))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(16, 32), Block(8, 4), Block(1, 16)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_with_an_activation(backend: str, pattern: Block, activation: str, dtype: torch.dtype) -> None:
+    require(backend, "linear", pattern, dtype)
+    torch_forward = ACTIVATIONS[activation].forward
+    topology = topology_for("linear", backend, testing.TOPOLOGIES["random"](70, 45, pattern, 1))
+    values, bias, dy = testing.random_values(topology), normal(70, seed=1), normal(37, 70, dtype=dtype, seed=9)
+    x = 3 * normal(37, 45, dtype=dtype)
+    if activation == "relu":
+        bias = 20 * bias.sign()  # nothing near the kink, which a rounding may cross
+    results = {}
+    for kind, precision in (("expected", torch.float64), ("dense", dtype), ("actual", dtype)):
+        leaves = [leaf(t) for t in ((x, values, bias) if kind == "actual" else (x, values.to(dtype), bias.to(dtype)))]
+        leaves = leaves if kind == "actual" else [leaf(t.to(precision)) for t in leaves]
+        with testing.poisoned_buffers():
+            if kind == "actual":
+                y = ops.linear(*leaves[:2], topology, leaves[2], activation=activation, backend=backend)
+            else:
+                y = torch_forward(F.linear(leaves[0], topology.scatter(leaves[1]), leaves[2]))
+            y.backward(dy.to(y.dtype))
+        results[kind] = {"y": y.detach()} | {f"gradient {k}": t.grad for k, t in enumerate(leaves)}
+    for what, expected in results["expected"].items():
+        testing.assert_within_budget(results["actual"][what], expected, results["dense"][what], what)
+    if dtype == torch.float32:
+        with torch.no_grad():
+            again = ops.linear(x, values, topology, bias, activation=activation, backend=backend)
+        assert torch.equal(again, results["actual"]["y"])
 
 
 CONVOLUTIONS = {
@@ -294,6 +326,7 @@ def test_opcheck(backend: str) -> None:
         backend,
     )
     torch.library.opcheck(torch.ops.sparse_kernels.linear.default, arguments)
+    torch.library.opcheck(torch.ops.sparse_kernels.linear_activated.default, (*arguments[:-1], "silu", False, backend))
 
     if backends.why_not(backend, "conv", pattern=pattern, dtype=torch.float32, device=CPU) is None:
         topology = topology_for("conv", backend, testing.TOPOLOGIES["random"](6, 5, pattern, 9))
@@ -330,7 +363,7 @@ def test_compile_fullgraph(backend: str) -> None:
     values = testing.random_values(topology)
 
     def function(x: Tensor, values: Tensor, h0: Tensor) -> Tensor:
-        hidden = ops.linear(x.relu(), values, topology, backend=backend)
+        hidden = ops.linear(x.relu(), values, topology, activation="gelu", backend=backend)
         y, h_n = ops.gru(hidden, h0, weights, topologies, biases, backend=backend)
         return y.sum() + h_n.square().sum()
 
@@ -394,6 +427,8 @@ def test_errors_name_the_remedy() -> None:
         ops.linear(torch.ones(2, 13, dtype=torch.int64), values, topology, backend="reference")
     with pytest.raises(ValueError, match="backend must be one of"):
         ops.linear(normal(2, 13), values, topology, backend="nothing")
+    with pytest.raises(ValueError, match="activation must be None or one of relu, silu"):
+        ops.linear(normal(2, 13), values, topology, activation="swish", backend="reference")
     with pytest.raises(ValueError, match=r"bias must be \[10\]"):
         ops.linear(normal(2, 13), values, topology, normal(9), backend="reference")
     weights, topologies, biases = gru_case("reference", [None], 4, 3, 1, torch.float32)

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "api.h"
-#include "cpu/transpose.h"
+#include "cpu/bf16.h"
 
 namespace sk::SK_ISA {
 
@@ -102,9 +102,9 @@ static void sddmm_tile(const float* a, const float* const* b, int64_t hb, float*
             for (int v = 0; v < NV; ++v) bv[v] = load_pieces<PIECE>(from + v * kPieces, o);
 #pragma GCC unroll 16
             for (int i = 0; i < IR; ++i) {
-                const vfloat av = broadcast(row[i]);
+                const vfloat av = spread(row + i);
 #pragma GCC unroll 12
-                for (int v = 0; v < NV; ++v) acc[i][v] = fma(av, bv[v], acc[i][v]);
+                for (int v = 0; v < NV; ++v) acc[i][v] = mac(av, bv[v], acc[i][v]);
             }
         }
     }
@@ -250,6 +250,8 @@ static void sddmm_blocks(const SddmmOperands& s, const float* a, const float* b,
 #endif
 }
 
+#if !defined(__AVX512BF16__)
+
 // dst[s][rows][side] = src[rows, strips * side], strips `strip` floats apart; columns from `cols` on are zero.
 static void pack_strips(const float* src, int64_t ld, int64_t rows, int64_t cols, int64_t side, float* dst,
                         int64_t strip) {
@@ -272,6 +274,8 @@ static void pack_strips(const float* src, int64_t ld, int64_t rows, int64_t cols
             for (int64_t j = 0; j < side; ++j) to[j] = c + j < cols ? src[c + j] : 0.0f;
     }
 }
+
+#endif
 
 // Zero where the last blocks of a row, or of the columns of each tap, stick out of W.
 static void clear_padding(const BlockIndex& w, int64_t taps, float* dvalues) {

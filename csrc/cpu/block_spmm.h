@@ -15,7 +15,7 @@
 // in index order, whatever the tile, the tail or the thread.
 #pragma once
 
-#include "cpu/transpose.h"
+#include "cpu/bf16.h"
 
 namespace sk::SK_ISA {
 
@@ -23,6 +23,10 @@ namespace sk::SK_ISA {
 constexpr int kRows = SK_VLEN == 16 ? 12 : 6;
 // Outputs of a panel tile with 3 vectors of positions.
 constexpr int kWideOutputs = SK_VLEN == 16 ? 8 : 4;
+// Outputs that a panel collects before it transposes them into y, so that y is written by whole cache lines.
+constexpr int64_t kPanelOutputs = 64;
+// Positions of an outer panel, and blocks that share its x.
+constexpr int kOuterVectors = 4, kOuterBlocks = SK_VLEN == 16 ? 4 : 2;
 
 // One orientation of a block-CSR product, what the tiles read.
 struct SpmmOperands {
@@ -32,9 +36,9 @@ struct SpmmOperands {
     const float* weights;                   // panel: element (i, k) of a block at i * stride_n + k * stride_k
     int64_t stride_n, stride_k;
     const float* bias;  // [n] or null
-    const float* x;     // [P, k], row stride ldx
+    const element* x;   // [P, k], row stride ldx
     int64_t ldx;
-    float* y;  // [P, n], row stride ldy
+    element* y;  // [P, n], row stride ldy
     int64_t ldy;
 };
 
@@ -74,9 +78,9 @@ SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, c
 #pragma GCC unroll 12
         for (int i = 0; i < MR; ++i) {
             const float* at = base[i / 3] + (i % 3) * ldx + k;
-            const vfloat xv = PAIR ? broadcast_pair(at) : broadcast(*at);
-            acc[i][0] = fma(xv, w0, acc[i][0]);
-            acc[i][1] = fma(xv, w1, acc[i][1]);
+            const vfloat xv = PAIR ? broadcast_pair(at) : spread(at);
+            acc[i][0] = mac(xv, w0, acc[i][0]);
+            acc[i][1] = mac(xv, w1, acc[i][1]);
         }
     }
 }
@@ -100,7 +104,7 @@ SK_INLINE vfloat fold_pairs(vfloat a, vfloat b) {
 
 // MR positions x the outputs [o, o + 2 VLEN) (wide) or all outputs (pair) of row block r.
 template <int MR, bool PAIR, bool FETCH>
-static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t r, int64_t o) {
+static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t r, int64_t o) {
     const int64_t first = r * a.nb + o;
     const int64_t n0 = smaller(a.n - first, VLEN), n1 = PAIR ? 0 : larger(0, smaller(a.n - first - VLEN, VLEN));
     if (n0 <= 0) return;
@@ -134,8 +138,8 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, floa
             for (int i = 0; i < MR; ++i) {
                 // The second of this pair lies behind the row.
                 const float last[2] = {x[i * ldx + a.k - 1], 0.0f};
-                acc[i][0] = fma(broadcast_pair(last), load(w + whole * VLEN), acc[i][0]);
-                acc[i][1] = fma(broadcast_pair(last), load(w + whole * VLEN + VLEN), acc[i][1]);
+                acc[i][0] = mac(broadcast_pair(last), load(w + whole * VLEN), acc[i][0]);
+                acc[i][1] = mac(broadcast_pair(last), load(w + whole * VLEN + VLEN), acc[i][1]);
             }
         }
     }
@@ -155,7 +159,7 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, floa
 
 // All of `rows` positions, the largest tile first.
 template <int MR, bool PAIR>
-static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows, int64_t r,
+static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows, int64_t r,
                         int64_t o) {
     // The first tile of a slice meets the weights far away, in blocks that no hardware prefetcher connects.
     constexpr bool kFetch = !PAIR && MR == kRows;
@@ -171,7 +175,7 @@ static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, floa
 }
 
 // Row blocks [r0, r1) for `rows` positions.
-[[maybe_unused]] static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, float* y, int64_t rows,
+[[maybe_unused]] static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows,
                                           int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
         if (a.nb == VLEN)
@@ -193,6 +197,33 @@ static void pack_block(const float* w, int64_t stride_n, int64_t stride_k, int64
             store(packed + k * VLEN + VLEN, interleave_high(a, b));
         }
     }
+}
+
+#if defined(__AVX512BF16__)
+
+// A block of fp32 weights as pack_block wants them, in units along k; sides are multiples of VLEN.
+[[maybe_unused]] static void pack_weights(const float* w, int64_t stride_n, int64_t stride_k, int64_t nb, int64_t kb,
+                                          float* packed) {
+    float rounded[64 * 32];  // [nb][kb / 2] or [kb / 2][nb]
+    if (stride_k == 1) {
+        for (int64_t i = 0; i < nb; ++i)
+            for (int64_t k = 0; k < kb; k += VLEN)
+                store(reinterpret_cast<element*>(rounded + i * kb / 2) + k, load(w + i * stride_n + k));
+        return pack_block(rounded, kb / 2, 1, nb, kb / 2, packed);
+    }
+    float* to = nb == VLEN ? rounded : packed;
+    for (int64_t k = 0; k < kb; k += 2)
+        for (int64_t i = 0; i < nb; i += VLEN)
+            store(to + k / 2 * nb + i,
+                  zip(narrow(load(w + k * stride_k + i)), narrow(load(w + (k + 1) * stride_k + i))));
+    if (nb == VLEN) pack_block(rounded, 1, nb, nb, kb / 2, packed);
+}
+
+#else
+
+[[maybe_unused]] static void pack_weights(const float* w, int64_t stride_n, int64_t stride_k, int64_t nb, int64_t kb,
+                                          float* packed) {
+    pack_block(w, stride_n, stride_k, nb, kb, packed);
 }
 
 // How many blocks ahead a panel tile asks for its weights, which lie by slot: small pieces anywhere in memory.
@@ -236,9 +267,6 @@ static void panel_tile(const SpmmOperands& a, const float* panel, float* out, in
         for (int v = 0; v < NV; ++v) store(out + i * kWidth + v * VLEN, acc[i][v]);
 }
 
-// Outputs that a panel collects before it transposes them into y, so that y is written by whole cache lines.
-constexpr int64_t kPanelOutputs = 64;
-
 // Row blocks [r0, r1) for the `rows` <= NV * VLEN positions of one panel; out is scratch [kPanelOutputs][NV * VLEN].
 template <int NO, int NV>
 static void panel_tiles(const SpmmOperands& a, const float* panel, float* out, float* y, int64_t rows, int64_t r0,
@@ -258,9 +286,6 @@ static void panel_tiles(const SpmmOperands& a, const float* panel, float* out, f
         transpose(out, kWidth, y + c * a.nb, a.ldy, smaller(stop * a.nb, a.n) - c * a.nb, rows);
     }
 }
-
-// Positions of an outer panel, and blocks that share its x.
-constexpr int kOuterVectors = 4, kOuterBlocks = SK_VLEN == 16 ? 4 : 2;
 
 // y[idx_k[e + j]] += w[e + j] * x for NB blocks of one strip x [kb][kOuterVectors * VLEN] of the panel.
 template <int NB>
@@ -311,5 +336,7 @@ static void outer_tiles(const SpmmOperands& a, const float* panel, float* out, f
     }
     transpose(out, kWidth, y, a.ldy, a.n, rows);
 }
+
+#endif
 
 }  // namespace sk::SK_ISA

@@ -57,6 +57,15 @@ const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == I
 
 const char* isa_name() { return isa_name(isa()); }
 
+bool bf16_kernels() {
+#if defined(__x86_64__)
+    static const bool present = __builtin_cpu_supports("avx512bf16");
+    return present && isa() == Isa::kAvx512;
+#else
+    return false;
+#endif
+}
+
 bool isa_supported(Isa isa) { return detect(isa); }
 
 int set_isa(const char* name) {

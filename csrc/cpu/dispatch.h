@@ -43,6 +43,14 @@ const char* dispatch_error();
     extern const Type name;          \
     }                                \
     }
+// The table of kernels that are compiled once more, with AVX512-BF16 (see bf16.h); null where they do not run.
+#define SK_DECLARE_BF16_TABLE(Type, name) \
+    namespace sk {                        \
+    namespace avx512_bf16 {               \
+    extern const Type name;               \
+    }                                     \
+    }
+#define SK_BF16_TABLE(name) (::sk::bf16_kernels() ? &::sk::avx512_bf16::name : nullptr)
 #define SK_TABLE(name)                                      \
     (::sk::isa() == ::sk::Isa::kAvx512 ? ::sk::avx512::name \
      : ::sk::isa() == ::sk::Isa::kAvx2 ? ::sk::avx2::name   \
@@ -54,5 +62,7 @@ const char* dispatch_error();
     extern const Type name;          \
     }                                \
     }
+#define SK_DECLARE_BF16_TABLE(Type, name)
+#define SK_BF16_TABLE(name) nullptr
 #define SK_TABLE(name) (::sk::portable::name)
 #endif

@@ -5,12 +5,14 @@
 
 namespace sk {
 
+// T is the type of activations.
+template <class T>
 struct LinearBlockTable {
     int64_t (*spmm_workspace)(const BlockIndex&, bool transposed, int64_t positions, int64_t threads);
-    void (*spmm)(const BlockIndex&, bool transposed, const float* values, const float* x, int64_t ldx,
-                 const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace);
+    void (*spmm)(const BlockIndex&, bool transposed, const float* values, const T* x, int64_t ldx,
+                 const Epilogue<T>& epilogue, T* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace);
     int64_t (*sddmm_workspace)(const BlockIndex&, int64_t positions, int64_t threads);
-    void (*sddmm)(const BlockIndex&, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
+    void (*sddmm)(const BlockIndex&, const T* dy, int64_t ldy, const T* x, int64_t ldx, float* dvalues,
                   int64_t positions, int64_t threads, void* workspace);
 };
 

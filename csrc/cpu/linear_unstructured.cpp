@@ -155,8 +155,8 @@ struct SpmmPlan {
     }
 };
 
-void spmm(const View& w, const int32_t* runs, const float* values, const float* x, int64_t ldx, const float* bias,
-          float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
+void spmm(const View& w, const int32_t* runs, const float* values, const float* x, int64_t ldx,
+          const Epilogue<float>& epilogue, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
     if (positions == 0) return;
     const SpmmPlan plan(w, runs, positions, threads, workspace);
     const Runs& index = plan.index;
@@ -182,9 +182,12 @@ void spmm(const View& w, const int32_t* runs, const float* values, const float* 
                               last ? 0 : c + index.tile, index.tile),
                         piece(y, ldy, positions, fetched, at, plan.width, t * share, share)};
                     kernels.spmm_tile(index.of(t), index.counts[t], plan.stream.weights + start,
-                                      plan.stream.locals + start, tile, panel, plan.width, t == 0, bias, ahead);
+                                      plan.stream.locals + start, tile, panel, plan.width, t == 0, epilogue.bias,
+                                      ahead);
                 }
                 kernels.unpack(panel, plan.width, w.rows, live, y + at * ldy, ldy);
+                kernels.activate(epilogue.activation, y + at * ldy, epilogue.pre ? epilogue.pre + at * ldy : nullptr,
+                                 ldy, live, w.rows);
             }
         }
     }
@@ -266,9 +269,11 @@ int64_t unstructured_spmm_workspace_bytes(const BlockIndex& w, int64_t positions
 }
 
 int unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const float* x, int64_t ldx,
-                      const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
-    if (!valid(w, positions, threads)) return kInvalid;
-    spmm(by_row(w), runs, values, x, ldx, bias, y, ldy, positions, threads, workspace);
+                      const float* bias, int64_t activation, float* pre, float* y, int64_t ldy, int64_t positions,
+                      int64_t threads, void* workspace) {
+    if (!valid(w, positions, threads) || activation < kIdentity || activation > kGeluTanh) return kInvalid;
+    const Epilogue<float> epilogue = {bias, static_cast<Activation>(activation), pre};
+    spmm(by_row(w), runs, values, x, ldx, epilogue, y, ldy, positions, threads, workspace);
     return kOk;
 }
 
@@ -279,7 +284,7 @@ int64_t unstructured_spmm_t_workspace_bytes(const BlockIndex& w, int64_t positio
 int unstructured_spmm_t(const BlockIndex& w, const int32_t* runs_t, const float* values, const float* dy, int64_t ldy,
                         float* dx, int64_t ldx, int64_t positions, int64_t threads, void* workspace) {
     if (!valid(w, positions, threads)) return kInvalid;
-    spmm(by_col(w), runs_t, values, dy, ldy, nullptr, dx, ldx, positions, threads, workspace);
+    spmm(by_col(w), runs_t, values, dy, ldy, {nullptr, kIdentity, nullptr}, dx, ldx, positions, threads, workspace);
     return kOk;
 }
 

@@ -14,6 +14,8 @@
 
 #include <cstdint>
 
+#include "api.h"
+
 namespace sk {
 
 // One part of a row: entries begin .. begin + count of the sorted index.
@@ -40,6 +42,8 @@ struct UnstructuredTable {
     // sums[k] += Σ_p dy[row][p] · x[local_k][p] for every entry of the stream; ahead [2].
     void (*sddmm_tile)(const UnstructuredRun* runs, int64_t count, const uint16_t* locals, const float* x,
                        const float* dy, int64_t width, float* sums, const UnstructuredAhead* ahead);
+    // y [rows, cols] = kind(y), what y held to pre unless null; rows ld apart.
+    void (*activate)(Activation kind, float* y, float* pre, int64_t ld, int64_t rows, int64_t cols);
 };
 
 }  // namespace sk

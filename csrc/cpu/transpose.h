@@ -60,7 +60,8 @@ SK_INLINE void transpose_registers(vfloat* row) {
 
 // dst[j / 2, i, j % 2] = src[i, j]: a transpose of pairs. rows is a multiple of VLEN / 2, cols of 2; dst rows of 2 *
 // rows.
-static void transpose_pairs(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows, int64_t cols) {
+[[maybe_unused]] static void transpose_pairs(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows,
+                                             int64_t cols) {
     for (int64_t i = 0; i < rows; i += VLEN / 2)
         for (int64_t j = 0; j < cols; j += VLEN) {
             const int64_t n = cols - j < VLEN ? cols - j : VLEN;
@@ -81,7 +82,8 @@ static void transpose_pairs(const float* src, int64_t src_ld, float* dst, int64_
 }
 
 // dst[j, i] = src[i, j] for i < rows, j < cols; nothing else is read or written.
-static void transpose(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows, int64_t cols) {
+[[maybe_unused]] static void transpose(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows,
+                                       int64_t cols) {
     for (int64_t i = 0; i < rows; i += VLEN) {
         const int64_t m = rows - i < VLEN ? rows - i : VLEN;
         for (int64_t j = 0; j < cols; j += VLEN) {

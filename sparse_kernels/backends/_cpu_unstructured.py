@@ -32,11 +32,26 @@ class RunsDeriver:
             _derive(topology.weight_index(), name, buffers[name])
 
 
-def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None = None) -> Tensor:
-    """`Y [P, out] = X [P, in] · Wᵀ + bias`."""
+def has_bf16(index: WeightIndex) -> bool:
+    """Whether bf16 activations have kernels: they are converted."""
+    return False
+
+
+def spmm(
+    x: Tensor,
+    values: Tensor,
+    index: WeightIndex,
+    bias: Tensor | None = None,
+    activation: int = 0,
+    pre: Tensor | None = None,
+) -> Tensor:
+    """`Y [P, out] = activation(X [P, in] · Wᵀ + bias)`; what the activation is given goes to `pre [P, out]`, if any."""
     w, positions, runs = native_index(index), x.shape[0], _runs(index, "by_row")
     y = x.new_empty(positions, index.out)
-    launch("unstructured_spmm", (w, positions), w, runs, values, x, x.stride(0), bias, y, y.stride(0), positions)
+    launch(
+        "unstructured_spmm", (w, positions),
+        w, runs, values, x, x.stride(0), bias, activation, pre, y, y.stride(0), positions,
+    )  # fmt: skip
     return y
 
 

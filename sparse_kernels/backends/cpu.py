@@ -1,4 +1,7 @@
-"""The `cpu` backend: native fp32 kernels behind run-time ISA dispatch, with torch's number of threads.
+"""The `cpu` backend: native fp32 and bf16 kernels behind run-time ISA dispatch, with torch's number of threads.
+
+Activations in bf16 whose kernels are fp32 alone (no AVX512-BF16, small blocks) are converted: the weights are rounded
+to bf16, sums are fp32, results are bf16, as where they are not.
 
 Each family of kernels has its module: `_cpu_block` the block-CSR linear, `_cpu_unstructured` that of 1x1 blocks,
 `_cpu_conv_block` and `_cpu_conv_unstructured` the convolutions, `_cpu_gru` the fused GRU. This file says what is served
@@ -15,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _native
+from ..activations import ACTIVATIONS
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
@@ -35,8 +39,10 @@ class CpuBackend(Backend):
     def why_unsupported(self, op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
-        if dtype != torch.float32:
-            return f"its kernels are float32, not {str(dtype).removeprefix('torch.')}"
+        served = [torch.float32] if op == "gru" else [torch.float32, torch.bfloat16]
+        if dtype not in served:
+            names = " and ".join(str(d).removeprefix("torch.") for d in served)
+            return f"its {op} kernels are {names}, not {str(dtype).removeprefix('torch.')}"
         return None
 
     def deriver(self, op: str, pattern: Block) -> Deriver | None:
@@ -52,7 +58,9 @@ class CpuBackend(Backend):
         bias: Tensor | None = None,
         conv: ConvGeometry | None = None,
     ) -> Tensor:
-        values, bias = values.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if _converts(x, index, conv):
+            return self.spmm(x.float(), _rounded(values), index, bias, conv).to(x.dtype)
+        values, bias = values.float(), None if bias is None else bias.float()
         if conv is not None:
             return _conv(index).spmm(x, values, index, bias, conv)
         return _linear(index).spmm(x, values, index, bias)
@@ -65,22 +73,44 @@ class CpuBackend(Backend):
         conv: ConvGeometry | None = None,
         x_like: Tensor | None = None,
     ) -> Tensor:
+        if _converts(dy, index, conv):
+            x_like = None if x_like is None else x_like.float()
+            return self.spmm_t(dy.float(), _rounded(values), index, conv, x_like).to(dy.dtype)
         if conv is not None and x_like is not None:
-            return _conv(index).spmm_t(dy, values.to(dy.dtype), index, conv, x_like)
-        return _linear(index).spmm_t(dy, values.to(dy.dtype), index)
+            return _conv(index).spmm_t(dy, values.float(), index, conv, x_like)
+        return _linear(index).spmm_t(dy, values.float(), index)
 
     def sddmm(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
+        if _converts(x, index, conv):
+            return self.sddmm(dy.float(), x.float(), index, conv)
         if conv is not None:
             return _conv(index).sddmm(dy, x, index, conv)
         return _linear(index).sddmm(dy, x, index)
 
+    def product_forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        bias: Tensor | None,
+        activation: str,
+        keep: bool,
+        conv: ConvGeometry | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if conv is not None or _converts(x, index, conv):
+            return super().product_forward(x, values, index, bias, activation, keep, conv)
+        offset = None if bias is None else bias.float()
+        pre = x.new_empty([x.shape[0], index.out] if keep else [0])
+        code = ACTIVATIONS[activation].code
+        return _linear(index).spmm(x, values.float(), index, offset, code, pre if keep else None), pre
+
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is not None and index.pattern == Unstructured():
-            return _cpu_conv_unstructured.block_scores(dy, x, index, conv)
+            return _cpu_conv_unstructured.block_scores(dy.float(), x.float(), index, conv)
         # Every block is wanted, so dense products of row panels are the fastest kernel there is.
         per_tap = index.cols_per_tap * index.bw
         panel = max(1, SCORE_PANEL_BYTES // (4 * index.taps * per_tap * index.bh))  # row blocks
-        scores = x.new_empty(index.row_blocks, index.col_blocks)
+        scores = x.new_empty(index.row_blocks, index.col_blocks, dtype=torch.float32)
         for first in range(0, index.row_blocks, panel):
             last = min(first + panel, index.row_blocks)
             rows = slice(first * index.bh, min(last * index.bh, index.out))
@@ -88,7 +118,7 @@ class CpuBackend(Backend):
                 grad = dy[:, rows].T @ x
             else:
                 grad = _cpu_conv_block.dense_grad(dy[:, rows], x, conv)
-            grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
+            grad = grad.float().view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
             missing = (last - first) * index.bh - grad.shape[0]
             if missing or per_tap != index.in_:
                 grad = F.pad(grad, (0, per_tap - index.in_, 0, 0, 0, missing))
@@ -153,6 +183,16 @@ def _linear(index: WeightIndex) -> ModuleType:
 
 def _conv(index: WeightIndex) -> ModuleType:
     return _cpu_conv_unstructured if index.pattern == Unstructured() else _cpu_conv_block
+
+
+def _converts(x: Tensor, index: WeightIndex, conv: ConvGeometry | None) -> bool:
+    """Whether these activations are converted to fp32 for the kernels."""
+    return x.dtype == torch.bfloat16 and (conv is not None or not _linear(index).has_bf16(index))
+
+
+def _rounded(weights: Tensor) -> Tensor:
+    """fp32 weights as a bf16 kernel would see them."""
+    return weights.to(torch.bfloat16).float()
 
 
 def _cast(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..patterns import Block
 from ..topology import Deriver, WeightIndex
 
@@ -128,6 +129,27 @@ class Backend:
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         """Squared Frobenius norm of every block of `dYᵀ · gather(X)`: `[row_blocks, col_blocks]`."""
         raise self._missing("block_scores")
+
+    def product_forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        index: WeightIndex,
+        bias: Tensor | None,
+        activation: str,
+        keep: bool,
+        conv: ConvGeometry | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`activation(spmm(…))`, an epilogue where a backend has it.
+
+        Args:
+            activation: a key of `ACTIVATIONS`. keep: whether a backward will want what the activation is given.
+
+        Returns:
+            The result and, where kept, what the activation was given, both as from `spmm`; else an empty second.
+        """
+        pre = self.spmm(x, values, index, bias, conv)
+        return ACTIVATIONS[activation].forward(pre), pre if keep else pre.new_empty(0)
 
     def product_backward(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..activations import ACTIVATIONS
 from ..backends import registry
 from ..backends.registry import ProductGrads, score_dtype
 from ..patterns import Block
@@ -177,15 +178,47 @@ class ProductAutograd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, values = ctx.saved_tensors
-        *shapes, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[2:6])
-        dx, *others = ctx.backward_op(dy, x, values, *shapes, needs, backend)
-        grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
-        wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
-        return None, None, *wanted, *[None] * len(ctx.rest)
+        *where, backend = ctx.rest
+        return _gradients(ctx, dy, x, values, where, backend)
+
+
+class ActivatedProductAutograd(torch.autograd.Function):
+    """As ProductAutograd for an op whose `rest` ends in `(activation, keep, backend)` and which returns its result and
+    what the activation was given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Any, backward_op: Any, x: Tensor, values: Tensor, bias: Any, tap: Any, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        *where, activation, _, backend = rest
+        of_output = ACTIVATIONS[activation].from_output
+        y, pre = forward(x, values, bias, tap, *where, activation, not of_output, backend)
+        ctx.save_for_backward(x, values, y if of_output else pre)
+        ctx.backward_op, ctx.rest = backward_op, rest
+        ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
+        ctx.mark_non_differentiable(pre)
+        return y, pre
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+        x, values, saved = ctx.saved_tensors
+        *where, activation, _, backend = ctx.rest
+        dy = ACTIVATIONS[activation].backward(dy.to(saved.dtype), saved)
+        return _gradients(ctx, dy, x, values, where, backend)
+
+
+def _gradients(ctx: Any, dy: Tensor, x: Tensor, values: Tensor, where: list[Any], backend: str) -> tuple[Any, ...]:
+    """What a product's Function returns for `(forward, backward_op, x, values, bias, tap, *rest)`."""
+    needs = list(ctx.needs_input_grad[2:6])
+    dx, *others = ctx.backward_op(dy, x, values, *where, needs, backend)
+    grads = [grad.to(dtype) for grad, dtype in zip(others, ctx.dtypes, strict=True)]
+    wanted = [grad if need else None for grad, need in zip([dx, *grads], needs, strict=True)]
+    return None, None, *wanted, *[None] * len(ctx.rest)
 
 
 __all__ = [
+    "ActivatedProductAutograd",
     "ProductAutograd",
     "check_bias",
     "check_floating",

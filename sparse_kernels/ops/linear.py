@@ -12,10 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..activations import check_activation
 from ..backends import registry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
+    ActivatedProductAutograd,
     ProductAutograd,
     check_bias,
     check_tap,
@@ -59,6 +61,38 @@ def _forward_fake(
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
+def _activated(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    score_tap: Tensor | None,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    activation: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    where = WeightIndex.unpack(index, shape)
+    y, pre = _backend(backend, x, shape).product_forward(_rows(x), values, where, bias, activation, keep)
+    shape_y = [*x.shape[:-1], shape[0]]
+    return y.reshape(shape_y), pre.reshape(shape_y if keep else [0])
+
+
+def _activated_fake(
+    x: Tensor,
+    values: Tensor,
+    bias: Any,
+    score_tap: Any,
+    index: Any,
+    shape: Sequence[int],
+    activation: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape_y = [*x.shape[:-1], shape[0]]
+    return x.new_empty(shape_y), empty(x, keep, shape_y)
+
+
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -93,6 +127,12 @@ _linear = define(
     _forward,
     _forward_fake,
 )
+_linear_activated = define(
+    "linear_activated(Tensor x, Tensor values, Tensor? bias, Tensor? score_tap, Tensor[] index, int[] shape,"
+    " str activation, bool keep, str backend) -> (Tensor, Tensor)",
+    _activated,
+    _activated_fake,
+)
 _linear_backward = define(
     "linear_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] shape, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -102,7 +142,11 @@ _linear_backward = define(
 
 
 register_autograd(_linear, lambda forward, *given: ProductAutograd.apply(forward, _linear_backward, *given))
-register_autocast(_linear, "linear", lambda x, values, bias, tap, index, shape, backend: Block(shape[3], shape[4]))
+register_autograd(
+    _linear_activated, lambda forward, *given: ActivatedProductAutograd.apply(forward, _linear_backward, *given)
+)
+for _op in (_linear, _linear_activated):
+    register_autocast(_op, "linear", lambda x, values, bias, tap, index, shape, *_: Block(shape[3], shape[4]))
 
 
 def linear(
@@ -111,15 +155,17 @@ def linear(
     topology: Topology,
     bias: Tensor | None = None,
     *,
+    activation: str | None = None,
     score_tap: Tensor | None = None,
     backend: str,
 ) -> Tensor:
-    """Sparse linear map; equivalent to `F.linear(x, topology.scatter(values), bias)`.
+    """Sparse linear map; equivalent to `F.linear(x, topology.scatter(values), bias)` and the activation on top.
 
     Args:
         x: `[..., in]`, floating point; its dtype is the compute dtype.
         values: `[nnzb, bh, bw]` contiguous, normally fp32. topology: the index set of the weight `[out, in]`.
         bias: `[out]` or None.
+        activation: None, `"relu"`, `"silu"`, `"gelu"` or `"gelu_tanh"`, applied to the result while it is close.
         score_tap: a zero leaf `[row_blocks, col_blocks]`; its gradient becomes the squared Frobenius norm of every
             block of the dense weight gradient (a growth score, not a derivative).
         backend: name of the backend that runs it.
@@ -128,9 +174,10 @@ def linear(
         `[..., out]`, contiguous, in the dtype of `x`.
 
     Raises:
-        ValueError: shapes or devices that do not match. TypeError: not floating point.
+        ValueError: shapes or devices that do not match, an unknown activation. TypeError: not floating point.
         RuntimeError: the backend cannot run this.
     """
+    check_activation("linear", activation)
     check_values("linear", x, values, topology)
     if x.dim() == 0 or x.shape[-1] != topology.in_:
         raise ValueError(
@@ -139,4 +186,7 @@ def linear(
         )
     check_bias("linear", x, bias, topology.out)
     check_tap("linear", score_tap, topology)
-    return _linear(x, values, bias, score_tap, topology.index(backend), topology.shape, backend)
+    where = topology.index(backend), topology.shape
+    if activation is None:
+        return _linear(x, values, bias, score_tap, *where, backend)
+    return _linear_activated(x, values, bias, score_tap, *where, activation, False, backend)[0]

@@ -1,6 +1,10 @@
 // The block-CSR linear products: plans, threads and workspaces around the tiles of block_spmm.h and block_sddmm.h.
+//
+// Compiled with __AVX512BF16__, too: x, y and dy are then bf16, sizes below count units (see bf16.h), and only blocks
+// whose sides are multiples of VLEN are served.
 #include "cpu/linear_block.h"
 
+#include "cpu/activation.h"
 #include "cpu/block_sddmm.h"
 #include "cpu/block_spmm.h"
 #include "cpu/parallel.h"
@@ -24,11 +28,11 @@ struct SpmmPlan {
 
 static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t positions, int64_t threads) {
     const int64_t nb = transposed ? w.bw : w.bh, kb = transposed ? w.bh : w.bw;
-    const int64_t n = transposed ? w.in : w.out, k = transposed ? w.out : w.in;
+    const int64_t n = transposed ? w.in : w.out, k = units(transposed ? w.out : w.in);
     SpmmPlan p;
-    p.direct = nb >= VLEN && kb >= 8;
+    p.direct = kUnit > 1 || (nb >= VLEN && kb >= 8);
     p.outer = nb == 1;
-    p.pack_weights = p.direct && (!transposed || nb == VLEN);
+    p.pack_weights = p.direct && (kUnit > 1 || !transposed || nb == VLEN);
     p.unit = p.direct ? kRows : p.outer ? kOuterVectors * VLEN : (nb >= kWideOutputs ? 3 : 6) * VLEN;
     const int64_t units = ceil_div(positions, p.unit);
     const int64_t slice = larger(1, (p.direct ? kSliceBytes / 2 : kSliceBytes) / (4 * k * p.unit));
@@ -36,7 +40,7 @@ static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t position
     p.row_parts = p.outer ? 1 : smaller(ceil_div(n, nb), ceil_div(threads, larger(1, p.tiles)));
     p.max_rows = p.tiles ? ceil_div(units, p.tiles) * p.unit : 0;
     p.ldp = (ceil_div(k, 16) | 1) * 16;
-    p.weight_bytes = p.pack_weights ? aligned(4 * w.nnzb * w.bh * w.bw) : 0;
+    p.weight_bytes = p.pack_weights ? aligned(4 * w.nnzb * w.bh * w.bw / kUnit) : 0;
     if (p.direct)
         p.task_bytes = aligned(4 * p.max_rows * p.ldp);
     else
@@ -49,13 +53,11 @@ static int64_t spmm_workspace(const BlockIndex& w, bool transposed, int64_t posi
     return p.weight_bytes + threads * p.task_bytes;
 }
 
-static void copy_rows(const float* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; ++i) {
-        int64_t j = 0;
-        for (; j + VLEN <= cols; j += VLEN) store(dst + i * dst_ld + j, load(src + i * src_ld + j));
-        if (j < cols) store_first(dst + i * dst_ld + j, load_first(src + i * src_ld + j, cols - j), cols - j);
-    }
+static void pack_rows(const element* src, int64_t src_ld, float* dst, int64_t dst_ld, int64_t rows, int64_t cols) {
+    for (int64_t i = 0; i < rows; ++i) pack_row(src + i * src_ld, dst + i * dst_ld, cols);
 }
+
+#if !defined(__AVX512BF16__)
 
 // The positions [p0, p1) transposed to panels [k][width].
 static void pack_panels(const SpmmOperands& a, int64_t p0, int64_t p1, int64_t width, float* panels) {
@@ -85,18 +87,22 @@ static void outer_task(const SpmmOperands& a, int64_t p0, int64_t p1, float* scr
         outer_tiles(a, panels + (p - p0) * a.k, scratch, a.y + p * a.ldy, smaller(kWidth, p1 - p));
 }
 
-static void spmm(const BlockIndex& w, bool transposed, const float* values, const float* x, int64_t ldx,
-                 const float* bias, float* y, int64_t ldy, int64_t positions, int64_t threads, void* workspace) {
+#endif
+
+static void spmm(const BlockIndex& w, bool transposed, const float* values, const element* x, int64_t ldx,
+                 const Epilogue<element>& epilogue, element* y, int64_t ldy, int64_t positions, int64_t threads,
+                 void* workspace) {
     const SpmmPlan p = plan_spmm(w, transposed, positions, threads);
     SpmmOperands a;
-    a.n = transposed ? w.in : w.out, a.k = transposed ? w.out : w.in;
-    a.nb = transposed ? w.bw : w.bh, a.kb = transposed ? w.bh : w.bw;
+    const int64_t cols = transposed ? w.out : w.in, kb = transposed ? w.bh : w.bw;
+    a.n = transposed ? w.in : w.out, a.k = units(cols);
+    a.nb = transposed ? w.bw : w.bh, a.kb = units(kb);
     a.ptr = transposed ? w.ccol : w.crow, a.idx = transposed ? w.row_t : w.col, a.slot = transposed ? w.slot_t : w.slot;
     a.ptr_k = transposed ? w.crow : w.ccol, a.idx_k = transposed ? w.col : w.row_t;
     a.slot_k = transposed ? w.slot : w.slot_t;
     a.weights = values;
     a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
-    a.bias = bias, a.x = x, a.ldx = ldx, a.y = y, a.ldy = ldy;
+    a.bias = epilogue.bias, a.x = x, a.ldx = ldx, a.y = y, a.ldy = ldy;
     float* packed = static_cast<float*>(workspace);
     char* scratch = static_cast<char*>(workspace) + p.weight_bytes;
     if (p.pack_weights) {
@@ -110,7 +116,7 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             const int64_t block = w.bh * w.bw;
 #pragma omp for schedule(static)
             for (int64_t e = 0; e < w.nnzb; ++e)
-                pack_block(values + order[e] * block, a.stride_n, a.stride_k, a.nb, a.kb, packed + e * block);
+                pack_weights(values + order[e] * block, a.stride_n, a.stride_k, a.nb, kb, packed + e * block / kUnit);
         }
         float* mine = reinterpret_cast<float*>(scratch + omp_get_thread_num() * p.task_bytes);
 #pragma omp for schedule(dynamic, 1)
@@ -122,15 +128,21 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             if (p.direct) {
                 // One sequential pass that the hardware prefetches; the tiles would meet cold rows line by line, and 12
                 // rows a multiple of 4 KiB apart would share the sets of the first-level cache.
-                copy_rows(a.x + p0 * ldx, ldx, mine, p.ldp, p1 - p0, a.k);
+                pack_rows(a.x + p0 * ldx, ldx, mine, p.ldp, p1 - p0, cols);
                 direct_tiles(a, mine, p.ldp, a.y + p0 * ldy, p1 - p0, r0, r1);
-            } else if (a.nb >= kWideOutputs) {
+            }
+#if !defined(__AVX512BF16__)
+            else if (a.nb >= kWideOutputs) {
                 panel_task<kWideOutputs, 3>(a, p0, p1, r0, r1, mine);
             } else if (p.outer) {
                 outer_task(a, p0, p1, mine);
             } else {
                 panel_task<4, 6>(a, p0, p1, r0, r1, mine);
             }
+#endif
+            const int64_t first = p0 * ldy + r0 * a.nb;
+            activate(epilogue.activation, y + first, epilogue.pre ? epilogue.pre + first : nullptr, ldy, p1 - p0,
+                     smaller(a.n, r1 * a.nb) - r0 * a.nb);
         }
     }
 }
@@ -160,12 +172,13 @@ static SddmmPlan plan_sddmm(const BlockIndex& w, int64_t positions, int64_t thre
     int64_t chunks = 1;
     while ((chunks + 1) * (chunks + 1) * kSliceBytes <= 3 * w.nnzb * w.bh * w.bw) ++chunks;
     p.chunk = ceil_div(b_strips, smaller(chunks, b_strips));
-    const int64_t limit = larger(32, smaller(256, kSliceBytes / (4 * p.chunk * hb)));
+    const int64_t limit = kUnit * larger(32, smaller(256, kSliceBytes / (4 * p.chunk * hb)));
     p.tile_rows = ceil_div(share, larger(1, ceil_div(share, limit)));
+    const int64_t tile_units = units(p.tile_rows);
     p.strips = larger(1, 128 / ha);
     p.partial_bytes = aligned(4 * w.nnzb * w.bh * w.bw);
-    p.b_bytes = aligned(4 * p.chunk * strip_size(p.tile_rows, hb));
-    p.a_bytes = aligned(4 * p.strips * strip_size(p.tile_rows, ha));
+    p.b_bytes = aligned(4 * p.chunk * strip_size(tile_units, hb));
+    p.a_bytes = aligned(4 * p.strips * strip_size(tile_units, ha));
     p.thread_bytes = p.b_bytes + p.a_bytes + aligned(4 * ha * hb);
     return p;
 }
@@ -175,7 +188,7 @@ static int64_t sddmm_workspace(const BlockIndex& w, int64_t positions, int64_t t
     return (p.position_parts - 1) * p.partial_bytes + threads * p.thread_bytes;
 }
 
-static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float* x, int64_t ldx, float* dvalues,
+static void sddmm(const BlockIndex& w, const element* dy, int64_t ldy, const element* x, int64_t ldx, float* dvalues,
                   int64_t positions, int64_t threads, void* workspace) {
     const SddmmPlan p = plan_sddmm(w, positions, threads);
     const int64_t size = w.nnzb * w.bh * w.bw;
@@ -183,7 +196,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
         for (int64_t i = 0; i < size; ++i) dvalues[i] = 0;
         return;
     }
-    const float *a = p.swapped ? x : dy, *b = p.swapped ? dy : x;
+    const element *a = p.swapped ? x : dy, *b = p.swapped ? dy : x;
     const int64_t lda = p.swapped ? ldx : ldy, ldb = p.swapped ? ldy : ldx;
     const int64_t a_cols = p.swapped ? w.in : w.out, b_cols = p.swapped ? w.out : w.in;
     SddmmOperands s;
@@ -215,9 +228,9 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
                 mine_s.first = c;
                 for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
                     const int64_t rows = smaller(p.tile_rows, end - p0), first = c * s.hb;
-                    const int64_t strip_a = strip_size(rows, s.ha), line = 0;
-                    const SddmmPositions at = {1, rows, 1, &line, &line, s.ha, s.hb};
-                    mine_s.strip = strip_size(rows, s.hb);
+                    const int64_t strip_a = strip_size(units(rows), s.ha), line = 0;
+                    const SddmmPositions at = {1, units(rows), 1, &line, &line, s.ha, s.hb};
+                    mine_s.strip = strip_size(units(rows), s.hb);
                     pack_strips(b + p0 * ldb + first, ldb, rows, smaller(p.chunk * s.hb, b_cols - first), s.hb,
                                 b_packed, mine_s.strip);
                     for (int64_t r = r0; r < r1; r += p.strips) {
@@ -248,7 +261,7 @@ static void sddmm(const BlockIndex& w, const float* dy, int64_t ldy, const float
     clear_padding(w, 1, dvalues);
 }
 
-extern const LinearBlockTable linear_block_table;
-const LinearBlockTable linear_block_table = {spmm_workspace, spmm, sddmm_workspace, sddmm};
+extern const LinearBlockTable<element> linear_block_table;
+const LinearBlockTable<element> linear_block_table = {spmm_workspace, spmm, sddmm_workspace, sddmm};
 
 }  // namespace sk::SK_ISA

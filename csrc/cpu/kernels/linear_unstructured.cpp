@@ -1,6 +1,7 @@
 // Unstructured linear: the inner loops. The blocking is drawn in csrc/cpu/linear_unstructured.h.
 #include "cpu/linear_unstructured.h"
 
+#include "cpu/activation.h"
 #include "cpu/simd.h"
 #include "cpu/stream.h"
 
@@ -187,6 +188,6 @@ static void sddmm_tile(const UnstructuredRun* runs, int64_t count, const uint16_
 }
 
 extern const UnstructuredTable unstructured_table;
-const UnstructuredTable unstructured_table = {pack, unpack, spmm_tile, sddmm_tile};
+const UnstructuredTable unstructured_table = {pack, unpack, spmm_tile, sddmm_tile, activate};
 
 }  // namespace sk::SK_ISA
