@@ -25,6 +25,7 @@ from sparse_kernels import (
     sparse_weights,
     testing,
 )
+from sparse_kernels.activations import ACTIVATIONS
 
 PATTERNS = [Unstructured(), Block(4, 4), Block(16, 1), Block(16, 16)]
 DENSE_BACKENDS = ["reference", "densified"]
@@ -719,3 +720,15 @@ def test_compiles_without_a_break(kind: str) -> None:
     first(layer(x)).square().sum().backward()
     for parameter, grad in zip(layer.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_linear_with_its_activation_is_a_linear_and_that_activation(activation: str) -> None:
+    layer = SparseLinear(48, 32, pattern="block:16x16", sparsity=0.5, activation=activation)
+    dense, x = layer.to_dense(), torch.randn(5, 48)
+    assert isinstance(dense, nn.Sequential) and f"activation={activation}" in repr(layer)
+    torch.testing.assert_close(layer(x), dense(x))
+    again = SparseLinear.from_dense(dense[0], pattern="block:16x16", sparsity=0.0, activation=activation)
+    torch.testing.assert_close(again(x), dense(x))
+    with pytest.raises(ValueError, match="SparseLinear: activation must be None or one of relu"):
+        SparseLinear(48, 32, pattern="block:16x16", sparsity=0.5, activation="swish")

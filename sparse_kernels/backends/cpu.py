@@ -135,11 +135,14 @@ class CpuBackend(Backend):
         needs: Sequence[bool],
         conv: ConvGeometry | None = None,
     ) -> ProductGrads:
+        if _converts(x, index, conv):
+            grads = self.product_backward(dy.float(), x.float(), _rounded(values), index, needs, conv)
+            return grads if grads.x is None else grads._replace(x=grads.x.to(x.dtype))
         need_x, need_values, need_bias, need_scores = needs
         if conv is not None and index.pattern != Unstructured() and need_x and need_values:
-            grads = _cpu_conv_block.backward(dy, x, values.to(x.dtype), index, need_bias, conv)
-            if grads is not None:
-                return ProductGrads(*grads, self.block_scores(dy, x, index, conv) if need_scores else None)
+            shared = _cpu_conv_block.backward(dy, x, values.float(), index, need_bias, conv)
+            if shared is not None:
+                return ProductGrads(*shared, self.block_scores(dy, x, index, conv) if need_scores else None)
         return super().product_backward(dy, x, values, index, needs, conv)
 
     def gru_forward(

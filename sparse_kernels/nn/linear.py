@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..activations import ACTIVATIONS, check_activation
 from ..patterns import Pattern, parse_pattern
 from ..topology import Topology
 from .init import check_cut, check_kind, copy_parameter, cut, draw, fill_uniform, rescaling
@@ -25,6 +26,7 @@ class SparseLinear(SparseLayer):
         pattern: a `Block` or its text, `"block:16x16"` or `"unstructured"`.
         sparsity: fraction of absent weights in [0, 1]; 0.0 keeps every block.
         generator: draws the topology and the values; torch's global one by default.
+        activation: None, `"relu"`, `"silu"`, `"gelu"` or `"gelu_tanh"`, applied to the result while it is close.
         rescale: draws the values `1/√density` wider, which keeps the output's variance at initialisation. Off by
             default: an active weight then starts as it would in the dense layer.
 
@@ -33,7 +35,7 @@ class SparseLinear(SparseLayer):
         bias: parameter `[out_features]` or None. execution: the backend that runs the layer (see `SparseLayer`).
 
     Raises:
-        ValueError: where the pattern cannot cut the weight or the sparsity is not in [0, 1].
+        ValueError: where the pattern cannot cut the weight, the sparsity is not in [0, 1], the activation is unknown.
     """
 
     op = "linear"
@@ -53,6 +55,7 @@ class SparseLinear(SparseLayer):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         rescale: bool = False,
+        activation: str | None = None,
     ) -> None:
         block = parse_pattern(pattern)
         check_cut("SparseLinear", out_features, in_features, block)
@@ -60,11 +63,15 @@ class SparseLinear(SparseLayer):
         where = topology.crow.device
         values = nn.Parameter(torch.empty(topology.nnzb, block.bh, block.bw, device=where, dtype=dtype))
         offset = nn.Parameter(torch.empty(out_features, device=where, dtype=dtype)) if bias else None
-        self._assemble(topology, values, offset)
+        self._assemble(topology, values, offset, activation)
         self.reset_parameters(generator, rescale=rescale)
 
-    def _assemble(self, topology: Topology, values: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def _assemble(
+        self, topology: Topology, values: nn.Parameter, bias: nn.Parameter | None, activation: str | None
+    ) -> None:
         SparseLayer.__init__(self)
+        check_activation(type(self).__name__, activation)
+        self.activation = activation
         self.in_features, self.out_features, self.pattern = topology.in_, topology.out, topology.pattern
         self.values = values
         self.register_parameter("bias", bias)
@@ -81,12 +88,13 @@ class SparseLinear(SparseLayer):
         generator: torch.Generator | None = None,
         init: str = "random",
         rescale: bool = False,
+        activation: str | None = None,
     ) -> SparseLinear:
         """The sparse layer that keeps a part of a dense one's weights, each with its value; the bias is copied.
 
         Args:
             module: an nn.Linear; it is not changed and shares nothing with the result.
-            pattern, sparsity, generator, rescale: as for the class.
+            pattern, sparsity, generator, rescale, activation: as for the class.
             init: which blocks are kept: `"random"`, or `"magnitude"` for those of largest RMS.
 
         Raises:
@@ -99,16 +107,18 @@ class SparseLinear(SparseLayer):
             module.weight, module.in_features, block, sparsity, init=init, generator=generator, rescale=rescale
         )
         layer = cls.__new__(cls)
-        layer._assemble(topology, values, copy_parameter(module.bias))
+        layer._assemble(topology, values, copy_parameter(module.bias), activation)
         return layer.train(module.training)
 
-    def to_dense(self) -> nn.Linear:
-        """An ordinary nn.Linear that computes the same function."""
+    def to_dense(self) -> nn.Linear | nn.Sequential:
+        """An ordinary nn.Linear that computes the same function; the first of an nn.Sequential before an activation."""
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         dense.weight = nn.Parameter(self.dense_weight().detach(), requires_grad=self.values.requires_grad)
         dense.register_parameter("bias", copy_parameter(self.bias))
-        return dense.train(self.training)
+        if self.activation is None:
+            return dense.train(self.training)
+        return nn.Sequential(dense, ACTIVATIONS[self.activation].module()).train(self.training)
 
     def dense_weight(self) -> Tensor:
         """The weight `[out_features, in_features]` with zeros where it is absent, made anew; differentiable."""
@@ -128,9 +138,15 @@ class SparseLinear(SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` → `[..., out_features]`."""
         return ops.linear(
-            x, self.values, self.topology, self.bias, score_tap=self._tap("values"), backend=self._execution
+            x,
+            self.values,
+            self.topology,
+            self.bias,
+            activation=self.activation,
+            score_tap=self._tap("values"),
+            backend=self._execution,
         )
 
     def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self._summary()}"
+        bias = f"bias={self.bias is not None}" + (f", activation={self.activation}" if self.activation else "")
+        return f"in_features={self.in_features}, out_features={self.out_features}, {bias}, {self._summary()}"
