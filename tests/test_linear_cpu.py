@@ -145,7 +145,7 @@ def test_nan_and_inf_reach_the_active_blocks_and_nothing_else(isa: str, pattern:
 
 
 @pytest.mark.parametrize("shape", [(70, 75), (512, 8200)], ids=str)
-@pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 1), Block(8, 8)], ids=str)
+@pytest.mark.parametrize("pattern", [Block(32, 32), Block(64, 16), Block(16, 1), Block(8, 8), Unstructured()], ids=str)
 def test_block_scores_are_the_squared_norms_of_every_block(pattern: Block, shape: tuple[int, int]) -> None:
     out, in_ = shape
     topology, _, _ = make(pattern, out, in_, 0.1)

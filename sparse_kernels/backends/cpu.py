@@ -24,7 +24,7 @@ from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
 
-# Of the gradient panel in block_scores, at most; its edge-padded copy takes as much again.
+# Of the gradient panel of a convolution in block_scores, at most; its edge-padded copy takes as much again.
 SCORE_PANEL_BYTES = 8 << 20
 
 
@@ -105,20 +105,19 @@ class CpuBackend(Backend):
         return _linear(index).spmm(x, values.float(), index, offset, code, pre if keep else None), pre
 
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
-        if conv is not None and index.pattern == Unstructured():
+        if conv is None:
+            return _cpu_block.block_scores(dy, x, index)
+        if index.pattern == Unstructured():
             return _cpu_conv_unstructured.block_scores(dy.float(), x.float(), index, conv)
-        # Every block is wanted, so dense products of row panels are the fastest kernel there is.
+        # Every block is wanted, so the dense library's gradients of row panels are the fastest kernel there is.
         per_tap = index.cols_per_tap * index.bw
         panel = max(1, SCORE_PANEL_BYTES // (4 * index.taps * per_tap * index.bh))  # row blocks
         scores = x.new_empty(index.row_blocks, index.col_blocks, dtype=torch.float32)
         for first in range(0, index.row_blocks, panel):
             last = min(first + panel, index.row_blocks)
             rows = slice(first * index.bh, min(last * index.bh, index.out))
-            if conv is None:
-                grad = dy[:, rows].T @ x
-            else:
-                grad = _cpu_conv_block.dense_grad(dy[:, rows], x, conv)
-            grad = grad.float().view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
+            grad = _cpu_conv_block.dense_grad(dy[:, rows], x, conv).float()
+            grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
             missing = (last - first) * index.bh - grad.shape[0]
             if missing or per_tap != index.in_:
                 grad = F.pad(grad, (0, per_tap - index.in_, 0, 0, 0, missing))
