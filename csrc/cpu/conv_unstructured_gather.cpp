@@ -41,10 +41,10 @@ int64_t modulo(int64_t a, int64_t b) { return (a % b + b) % b; }
 void locate(const ConvPanels& panels, int64_t strip, int64_t step_v, int64_t offset_v, int64_t limit_v, int64_t step_h,
             int64_t offset_h, int64_t limit_h, const ImageStrides& tensor, ConvLanes& lanes) {
     const int64_t width = panels.product.h.positions, height = panels.product.v.positions;
-    int64_t q = strip * kVectorRow, x = q % width, image = q / width;
+    int64_t q = strip * kVectorRow, x = q % width;
+    int64_t y = panels.flat ? q / width % height : 0, n = panels.flat ? q / width / height : q / width;
     lanes.pieces = 0;
     for (int64_t l = 0; l < kVectorRow; ++l, ++q) {
-        const int64_t y = panels.flat ? image % height : 0, n = panels.flat ? image / height : image;
         const int64_t column = step_h * x + offset_h;
         const int64_t row = !panels.flat ? 0 : offset_v == kAbsent ? -1 : step_v * y + offset_v;
         const bool inside = q < panels.plane && column >= 0 && column < limit_h && row >= 0 && row < limit_v;
@@ -57,10 +57,11 @@ void locate(const ConvPanels& panels, int64_t strip, int64_t step_v, int64_t off
                 lanes.length[lanes.pieces++] = 1;
             }
         }
-        if (++x == width) {
-            x = 0;
-            ++image;
-        }
+        if (++x < width) continue;
+        x = 0;
+        if (panels.flat && ++y < height) continue;
+        y = 0;
+        ++n;
     }
 }
 
@@ -83,13 +84,13 @@ ConvPanels::ConvPanels(const ConvProduct& product, int64_t threads) : product(pr
     plane = product.batch * product.h.positions * (flat ? product.v.positions : 1);
     strips = ceil_div(plane, kVectorRow);
     // The height that leaves the fewest rows empty and no thread idle. A low panel costs more per row: each nonzero is
-    // decoded for fewer multiply-adds.
+    // decoded for fewer multiply-adds. One of eight rows pays where they are shared (see ConvTiling).
     height = 0;
     int64_t best = 0;
     for (const int64_t h : {8, 4, 2, 1}) {
         const int64_t panels = flat ? ceil_div(strips, h) : strips * ceil_div(product.v.positions, h);
         const int64_t cost = ceil_div(panels, threads) * (h + 1);
-        if (height != 0 && cost >= best) continue;
+        if ((flat && h == 8) || (height != 0 && cost >= best)) continue;
         best = cost;
         height = h;
     }
