@@ -105,8 +105,8 @@ def kind_of(layer: SparseLayer, call: Call) -> tuple[Any, ...]:
     items = [(t.out, t.in_, t.taps, round(t.density, 2)) for _, _, t in layer.sparse_items()]
     x = call.args[0].data if isinstance(call.args[0], PackedSequence) else call.args[0]
     order = tuple(sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d], d)))
-    geometry = getattr(layer, "_geometry", None)
-    return (layer.op, str(layer.pattern), *items, geometry, bucket(call.positions), order, x.dtype, x.requires_grad)
+    further = [getattr(layer, name, None) for name in ("_geometry", "activation")]
+    return (layer.op, str(layer.pattern), *items, *further, bucket(call.positions), order, x.dtype, x.requires_grad)
 
 
 def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times | None:
