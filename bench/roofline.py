@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -74,7 +73,7 @@ def limits(
 def peak_gflops(threads: int, dtype: str = "float32") -> float:
     """The machine's multiply-add rate with our instruction set: the best of five short runs, measured once a process.
 
-    In bf16 it is the best that torch's matrix product reaches, but at least the fp32 rate: a kernel may convert.
+    In bf16 it is that of the CPU's bf16 instruction, or the fp32 rate where it has none: a kernel converts there.
     """
     return _peak_gflops(threads, dtype, _native.native().isa_name())
 
@@ -82,12 +81,8 @@ def peak_gflops(threads: int, dtype: str = "float32") -> float:
 @functools.cache
 def _peak_gflops(threads: int, dtype: str, isa: str) -> float:
     module = _native.native()
-    rate = max(module.peak_fma_gflops(0.1, threads) for _ in range(5))
-    if dtype == "bfloat16":
-        size = 1024
-        a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
-        rate = max(rate, 2.0 * size**3 / (_best(lambda: a @ b) * 1e9))
-    return round(rate, 1)
+    bf16 = dtype == "bfloat16" and module.bf16_kernels()
+    return round(max(module.peak_fma_gflops(0.1, threads, bf16) for _ in range(5)), 1)
 
 
 def stream_gbs(threads: int, footprint: float) -> float:
@@ -130,15 +125,3 @@ def _dot(piece: torch.Tensor) -> int:
     halves = piece.view(2, -1)
     torch.dot(halves[0], halves[1])
     return piece.nbytes
-
-
-def _best(function: Callable[[], object], seconds: float = 0.15) -> float:
-    """The shortest time of a call in seconds, over at least three calls."""
-    function()
-    best, calls, end = math.inf, 0, time.perf_counter() + seconds
-    while calls < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-        calls += 1
-    return best

@@ -48,9 +48,10 @@ const char* isa_name();
 // Whether the kernels for bf16 activations run: with AVX512-BF16, unless a lesser instruction set is forced.
 bool bf16_kernels();
 
-// The fp32 rate in GFLOP/s (a multiply-add counts two) that `threads` threads reach on independent register-resident
-// multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`.
-int peak_fma_gflops(double seconds, int64_t threads, double* gflops);
+// The rate in GFLOP/s (a multiply-add counts two) that `threads` threads reach on independent register-resident
+// multiply-adds with the instruction set in use: the sum of each thread's best slice within `seconds`. In fp32, or of
+// bf16 pairs added to fp32 where bf16_kernels(); elsewhere kUnsupported.
+int peak_fma_gflops(double seconds, int64_t threads, bool bf16, double* gflops);
 
 // Asks the operating system to back a buffer by pages of 2 MiB, where it can: fresh memory is then zeroed a large page
 // at a time instead of faulting every 4 KiB. Only a hint.

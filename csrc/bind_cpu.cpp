@@ -36,14 +36,16 @@ void bind_cpu(py::module_& m) {
         py::arg("buffer"), py::arg("bytes"), "Ask for 2 MiB pages behind a buffer; a hint.");
     m.def(
         "peak_fma_gflops",
-        [](double seconds, int64_t threads) {
+        [](double seconds, int64_t threads, bool bf16) {
             double gflops = 0;
-            if (peak_fma_gflops(seconds, threads, &gflops) != kOk)
-                throw std::invalid_argument("peak_fma_gflops: seconds and threads must be positive");
+            const int status = peak_fma_gflops(seconds, threads, bf16, &gflops);
+            if (status == kUnsupported)
+                throw std::invalid_argument("peak_fma_gflops: no bf16 kernels here; see bf16_kernels()");
+            if (status != kOk) throw std::invalid_argument("peak_fma_gflops: seconds and threads must be positive");
             return gflops;
         },
-        py::arg("seconds") = 0.1, py::arg("threads") = 1, no_gil(),
-        "Measured fp32 multiply-add rate of `threads` threads in GFLOP/s, the instruction set as in isa_name().");
+        py::arg("seconds") = 0.1, py::arg("threads") = 1, py::arg("bf16") = false, no_gil(),
+        "Measured multiply-add rate of `threads` threads in GFLOP/s, the instruction set as in isa_name().");
 }
 
 }  // namespace sk

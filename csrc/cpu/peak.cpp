@@ -8,13 +8,16 @@
 #include "cpu/parallel.h"
 
 SK_DECLARE_TABLE(PeakTable, peak_table)
+SK_DECLARE_BF16_TABLE(PeakTable, peak_table)
 
 namespace sk {
 
-int peak_fma_gflops(double seconds, int64_t threads, double* gflops) {
+int peak_fma_gflops(double seconds, int64_t threads, bool bf16, double* gflops) {
     if (!(seconds > 0) || threads < 1) return kInvalid;
     using clock = std::chrono::steady_clock;
-    const PeakTable& table = SK_TABLE(peak_table);
+    const PeakTable* chosen = bf16 ? SK_BF16_TABLE(peak_table) : &SK_TABLE(peak_table);
+    if (!chosen) return kUnsupported;
+    const PeakTable& table = *chosen;
     // A slice of about 2 ms on any machine: long against the clock, short against the scheduler.
     const int64_t iterations = 150000;
     double total = 0;
