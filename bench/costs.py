@@ -5,6 +5,7 @@ Run it on an idle machine after kernels changed; the file that it writes is comm
     python -m bench.costs                  # sparse_kernels/nn/cost_tables/cpu-avx512.json, say
     python -m bench.costs --isa avx2       # ours and the dense library restricted to AVX2: cpu-avx2.json
     python -m bench.costs --ops linear     # measures linear anew and keeps the rows of the others
+    python -m bench.costs --dtypes bfloat16    # adds or renews the rows of bf16 layers
 
 Single layers, forward and backward, in three forms, in turns: the torch.nn twin, densified, and the sparse kernel at
 several sparsities (see `sparse_kernels.nn.costs`).
@@ -13,6 +14,7 @@ several sparsities (see `sparse_kernels.nn.costs`).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -30,6 +32,7 @@ DENSE_ISA = {
     "portable": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
 OPS = ("linear", "conv", "gru")
+DTYPES = ("float32", "bfloat16")
 
 
 def restrict(isa: str) -> None:
@@ -77,7 +80,8 @@ def cases() -> Iterator[Case]:
         )  # fmt: skip
     conv = ("unstructured", "block:16x16", "block:32x32")
     shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (16, 128, 16, 3),
-              (16, 256, 8, 3), (16, 512, 4, 3), (1, 64, 16, 3), (1, 256, 16, 3), (4, 224, 64, 1), (4, 448, 32, 1), (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
+              (16, 256, 8, 3), (16, 512, 4, 3), (1, 64, 16, 3), (1, 256, 16, 3), (4, 224, 64, 1), (4, 448, 32, 1),
+              (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
     for batch, channels, size, kernel in shapes:
         yield Case(
             "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, (0.25, 0.5, 0.75, 0.9),
@@ -94,19 +98,21 @@ def cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
-def measure_case(case: Case) -> Iterator[dict[str, Any]]:
-    """The rows of one shape at torch's number of threads."""
+def measure_case(case: Case, dtype: Any) -> Iterator[dict[str, Any]]:
+    """The rows of one shape in one dtype at torch's number of threads."""
     import torch
 
     from sparse_kernels import backends, parse_pattern
     from sparse_kernels.nn import surgery
     from sparse_kernels.nn.measure import dense_step, timed, training_step
 
-    device, dtype = torch.device("cpu"), torch.float32
-    args, kwargs = case.inputs()
-    forms: dict[str, Callable[[], object]] = {"dense": dense_step(case.dense, args, kwargs)}
-    if args[0].dim() == 4:
-        forms["dense"] = dense_step(case.dense.to(memory_format=torch.channels_last), args, kwargs)
+    device = torch.device("cpu")
+    (x,), kwargs = case.inputs()
+    args = (x.detach().to(dtype).requires_grad_(),)
+    dense = case.dense.to(dtype)
+    if x.dim() == 4:
+        dense = dense.to(memory_format=torch.channels_last)
+    forms: dict[str, Callable[[], object]] = {"dense": dense_step(dense, args, kwargs)}
     layers = {}
     for pattern in case.patterns:
         reason = backends.why_not("cpu", case.op, pattern=parse_pattern(pattern), dtype=dtype, device=device)
@@ -114,13 +120,13 @@ def measure_case(case: Case) -> Iterator[dict[str, Any]]:
             print(f"  {case.op} {pattern}: {reason}; runs densified")
             continue
         for sparsity in case.sparsities:
-            layer = surgery.TWINS[type(case.dense)].from_dense(
-                case.dense, pattern=pattern, sparsity=sparsity, generator=torch.Generator().manual_seed(0)
+            layer = surgery.TWINS[type(dense)].from_dense(
+                dense, pattern=pattern, sparsity=sparsity, generator=torch.Generator().manual_seed(0)
             )
             layer.execution = "cpu"
             layers[pattern, sparsity] = layer
             forms[f"{pattern} {sparsity}"] = training_step(layer, layer, args, kwargs)
-        middle = layers[pattern, 0.5].from_dense(case.dense, pattern=pattern, sparsity=0.5)
+        middle = layers[pattern, 0.5].from_dense(dense, pattern=pattern, sparsity=0.5)
         middle.execution = "densified"
         forms[f"{pattern} densified"] = training_step(middle, middle, args, kwargs)
     if not layers:
@@ -150,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.costs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure anew")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:1]))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", choices=list(DENSE_ISA), help="restrict ours and the dense libraries to it")
     parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
@@ -169,16 +176,19 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     if path.is_file():
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        rows = [row for row in rows if row["op"] not in options.ops or row["threads"] not in options.threads]
+        anew = options.ops, options.threads, options.dtypes
+        rows = [
+            r for r in rows if not all(r[k] in new for k, new in zip(("op", "threads", "dtype"), anew, strict=True))
+        ]
     start = time.perf_counter()
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for case in cases():
+        for dtype, case in itertools.product(options.dtypes, cases()):
             if case.op in options.ops:
-                new = list(measure_case(case))
+                new = list(measure_case(case, getattr(torch, dtype)))
                 rows += new
                 best = max((row["dense_ms"] / row["sparse_ms"] for row in new), default=0.0)
-                print(f"{threads} thread(s), {case.op} {case.name}: up to {best:.1f}x, "
+                print(f"{threads} thread(s), {case.op} {case.name}, {dtype}: up to {best:.1f}x, "
                       f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     rows.sort(key=lambda row: OPS.index(row["op"]))
     head = json.dumps({"kind": kind, "machine": machine()}, indent=1)[:-2]

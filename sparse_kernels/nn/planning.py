@@ -28,7 +28,8 @@ def check_mode(where: str, mode: str | Plan, example_inputs: Any) -> None:
 
 
 def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, example_inputs: Any = None) -> Plan:
-    """Decides anew which form runs each sparse layer, and lets the layers run so. Do it before `torch.compile`.
+    """Decides anew which form runs each sparse layer, and lets the layers run so. Do it before `torch.compile`,
+    and within `torch.autocast` where training runs under it.
 
     A layer runs *densified* exactly where its sparse kernel is predicted, or measured, to be slower than that; what no
     sparse backend serves runs densified too. A layer whose `execution` was asked for by name keeps it. Layers that no

@@ -96,14 +96,17 @@ class SparseLayer(nn.Module):
         self._resolve()
 
     def work(self) -> costs.Work:
-        """What decides this layer's times."""
+        """What decides this layer's times; inside `torch.autocast` in that dtype."""
         probe = self._probe()
+        dtype, kind = probe.dtype, probe.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
         sizes = [(topology.numel, topology.nnz, topology.taps) for _, _, topology in self.sparse_items()]
         dense = self._dense_elements()
         numel, nnz = (dense + sum(size[k] for size in sizes) for k in (0, 1))
         positions = self._positions or costs.DEFAULT_POSITIONS
         threads = torch.get_num_threads()
-        return costs.Work(self.op, self.pattern, probe.dtype, numel, sizes[0][2], nnz / numel, positions, threads)
+        return costs.Work(self.op, self.pattern, dtype, numel, sizes[0][2], nnz / numel, positions, threads)
 
     def _dense_elements(self) -> int:
         """Elements of weights that are dense beside the sparse ones."""
