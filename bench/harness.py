@@ -42,6 +42,7 @@ __all__ = [
 
 Layer = TypeVar("Layer", bound=SparseLayer)
 
+LONG_MS = 300.0
 PEER = "peer "  # how a peer's rival name begins
 
 
@@ -144,8 +145,10 @@ def interleave(
     """
     once_ms: dict[str, float] = {}
     for name, function in functions.items():
-        function()
         once_ms[name] = _call_ms(function, 1)
+        # The first call warms up; of a long one it also says how long it takes.
+        if once_ms[name] < LONG_MS:
+            once_ms[name] = _call_ms(function, 1)
     repeats = {name: max(1, int(shortest_ms / max(ms, 1e-6))) for name, ms in once_ms.items()}
     cost = {name: repeats[name] * once_ms[name] for name in functions}
     often_ms = sum(ms for name, ms in cost.items() if name not in seldom)
