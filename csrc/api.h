@@ -20,6 +20,7 @@ enum Status : int {
 // The index set of one weight [out, in] cut into blocks [bh, bw]: nnzb active blocks, seen from both orientations.
 // Block k of the row-sorted order is values[slot[k]], k in crow[r] .. crow[r + 1], at column block col[k];
 // block k of the column-sorted order is values[slot_t[k]], k in ccol[c] .. ccol[c + 1], at row block row_t[k].
+// For 1 x 1 blocks slot_t may be null where a launcher does not multiply by the transposed weight.
 struct BlockIndex {
     int64_t out, in, bh, bw, nnzb;
     const int32_t *crow, *col, *slot;      // [row_blocks + 1] [nnzb] [nnzb]
@@ -56,6 +57,10 @@ int peak_fma_gflops(double seconds, int64_t threads, bool bf16, double* gflops);
 // Asks the operating system to back a buffer by pages of 2 MiB, where it can: fresh memory is then zeroed a large page
 // at a time instead of faulting every 4 KiB. Only a hint.
 void advise_huge_pages(void* buffer, int64_t bytes);
+
+// Writes slot_t [nnzb], which follows from the other arrays, for an index that does not store it.
+int64_t transposed_slots_workspace_bytes(const BlockIndex& w, int64_t threads);
+int transposed_slots(const BlockIndex& w, int32_t* slot_t, int64_t threads, void* workspace);
 
 // Where element (o, t, i) of a dense weight [out, taps, in] lies: at o * out_stride + t * tap_stride + i * in_stride.
 // The weight is one contiguous piece of memory; in elements.

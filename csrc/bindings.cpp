@@ -6,7 +6,8 @@ using namespace sk;
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of sparse_kernels: addresses and sizes in, a status out (0 is success).";
 
-    py::class_<BlockIndex>(m, "BlockIndex", "The index set of one weight; holds addresses, owns nothing.")
+    py::class_<BlockIndex>(m, "BlockIndex", py::dynamic_attr(),
+                           "The index set of one weight; holds addresses, owns nothing.")
         .def(py::init([](int64_t out, int64_t in, int64_t bh, int64_t bw, int64_t nnzb, addr crow, addr col, addr slot,
                          addr ccol, addr row_t, addr slot_t) {
                  return BlockIndex{out,

@@ -63,6 +63,18 @@ class WeightIndex:
     def col_blocks(self) -> int:
         return self.taps * self.cols_per_tap
 
+    @property
+    def has_slot_t(self) -> bool:
+        """Whether `slot_t` is stored; unstructured weights leave it to `slots_by_column`, for 4 bytes a nonzero."""
+        return self.slot_t.shape == self.slot.shape
+
+    def slots_by_column(self) -> Tensor:
+        """`slot_t`, or what it would hold: the slot of every block in column order, int32 `[nnzb]`."""
+        if self.has_slot_t:
+            return self.slot_t
+        rows, cols = self.coords()
+        return (cols * self.row_blocks + rows).argsort().to(torch.int32)
+
     def coords(self) -> tuple[Tensor, Tensor]:
         """Block row and block column of every slot: two int64 tensors `[nnzb]`, on the index's device."""
         counts = (self.crow[1:] - self.crow[:-1]).long()

@@ -7,7 +7,8 @@ its whole life; the sorted index arrays carry slot ids:
     crow [row_blocks + 1]   col   [nnzb]   slot   [nnzb]    by row:    block k of row r is (r, col[k]), in slot[k]
     ccol [col_blocks + 1]   row_t [nnzb]   slot_t [nnzb]    by column: block k of column c is (row_t[k], c)
 
-all int32, on the weight's device. Edge blocks are padded; the padding is zero and does not count as parameters.
+all int32, on the weight's device. For 1x1 blocks `slot_t` is empty: a quarter of their index, and it follows from the
+rest (`WeightIndex.slots_by_column`). Edge blocks are padded; the padding is zero and does not count as parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .index import WeightIndex
-from .patterns import Block
+from .patterns import Block, Unstructured
 
 __all__ = ["Deriver", "Topology", "WeightIndex"]
 
@@ -91,7 +92,7 @@ class Topology(nn.Module):
         buffer("slot", self.nnzb, True)
         buffer("ccol", self.col_blocks + 1, False)
         buffer("row_t", self.nnzb, False)
-        buffer("slot_t", self.nnzb, False)
+        buffer("slot_t", 0 if pattern == Unstructured() else self.nnzb, False)
         self._write(rows.long(), cols.long())
         if not self.crow.is_meta:
             self.validate()
@@ -270,7 +271,8 @@ class Topology(nn.Module):
         keys, order = (cols * self.row_blocks + rows).sort()
         self.ccol.copy_(_pointers(keys, self.col_blocks, self.row_blocks))
         self.row_t.copy_(rows[order])
-        self.slot_t.copy_(order)
+        if self.slot_t.shape == order.shape:
+            self.slot_t.copy_(order)
         for deriver in self._derivers.values():
             self._fill(deriver)
 
@@ -303,7 +305,7 @@ class Topology(nn.Module):
             same = (
                 torch.equal(self.ccol.long(), _pointers(keys, self.col_blocks, self.row_blocks))
                 and torch.equal(self.row_t.long(), rows[order])
-                and torch.equal(self.slot_t.long(), order)
+                and torch.equal(self.weight_index().slots_by_column().long(), order)
             )
             error = None if same else "the transposed view (ccol, row_t, slot_t) is not the same set of blocks"
         if error is not None:

@@ -52,7 +52,7 @@ def test_both_orientations_hold_the_same_blocks(topology: Topology) -> None:
         assert all(rows[slot] == row for _, slot in found)
     for col in range(topology.col_blocks):
         span = slice(ccol[col], ccol[col + 1])
-        found = [(rows[slot], slot) for slot in topology.slot_t[span].tolist()]
+        found = [(rows[slot], slot) for slot in topology.weight_index().slots_by_column()[span].tolist()]
         assert [row for row, _ in found] == topology.row_t[span].tolist() == sorted(r for r, _ in found)
         assert all(cols[slot] == col for _, slot in found)
 

@@ -15,6 +15,9 @@ from ._cpu_launch import launch, native_index
 # Of the gradient panels of block_scores, all threads together: with the copies that follow and a workspace of about
 # 1 MiB a thread, 16 MiB at most.
 SCORE_BYTES = 4 << 20
+# Positions of one sum there, of two or more that are then added up: in a single long one the last digit is lost, and
+# squares lose it twice.
+POSITIONS = 1024
 # Smallest sides of a panel's blocks: what the kernel is fastest with.
 TILE = 32
 
@@ -62,7 +65,7 @@ def block_scores(dy: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
     """Squared Frobenius norm of every block of `dYᵀ · X`, of any pattern: `[row_blocks, col_blocks]`, fp32.
 
     Panels of the dense gradient come from `sddmm` with every block active: on a Zen 5 that is twice as fast as MKL's
-    product and as fast as oneDNN's, which wants transposed copies. At most `SCORE_BYTES` of scratch.
+    product and as fast as oneDNN's, which wants transposed copies. Scratch: see `SCORE_BYTES`.
     """
     if x.dtype == torch.bfloat16 and not native().bf16_kernels():
         dy, x = dy.float(), x.float()
@@ -70,15 +73,19 @@ def block_scores(dy: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
     columns = -(-index.in_ // wide)
     # Every thread sums a panel of its own.
     panel = max(1, SCORE_BYTES // (4 * columns * wide * high * torch.get_num_threads()))  # rows of tiles
+    piece = max(1, -(-x.shape[0] // max(2, -(-x.shape[0] // POSITIONS))))
     scores = x.new_empty(index.row_blocks, index.col_blocks, dtype=torch.float32)
     for first in range(0, index.out, panel * high):
         out = min(panel * high, index.out - first)
         tiles = _full(out, index.in_, high, wide)
-        grad = sddmm(dy[:, first : first + out], x, tiles).square_()
+        grad = sddmm(dy[:piece, first : first + out], x[:piece], tiles)
+        for at in range(piece, x.shape[0], piece):
+            grad += sddmm(dy[at : at + piece, first : first + out], x[at : at + piece], tiles)
+        grad.square_()
         parts = grad.view(-1, columns, high // index.bh, index.bh, wide // index.bw, index.bw).sum((3, 5))
         found = parts.transpose(1, 2).reshape(-1, columns * (wide // index.bw))  # [row blocks, column blocks], padded
-        at = first // index.bh
-        scores[at : at + found.shape[0]] = found[: index.row_blocks - at, : index.col_blocks]
+        row = first // index.bh
+        scores[row : row + found.shape[0]] = found[: index.row_blocks - row, : index.col_blocks]
     return scores
 
 
@@ -86,7 +93,7 @@ def _full(out: int, in_: int, bh: int, bw: int) -> WeightIndex:
     """The index of a weight `[out, in]` whose blocks are all active."""
     rows, cols = -(-out // bh), -(-in_ // bw)
     slot = torch.arange(rows * cols, dtype=torch.int32)
-    slot_t = slot.view(rows, cols).T.contiguous()
+    slot_t = slot.view(rows, cols).T.flatten()
     crow, ccol = slot.new_empty(rows + 1), slot.new_empty(cols + 1)
     torch.arange(0, rows * cols + 1, cols, out=crow)
     torch.arange(0, rows * cols + 1, rows, out=ccol)

@@ -55,7 +55,7 @@ def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, con
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
     """`dX = scatter(dY · W)` in the shape and memory format of `x_like`."""
-    w, shape, runs = native_index(index), conv_shape(x_like, conv), _runs(index, "by_col")
+    w, shape, runs = native_index(index, transposed=True), conv_shape(x_like, conv), _runs(index, "by_col")
     dx = torch.empty_like(x_like, memory_format=memory_format(x_like))
     launch("conv_unstructured_spmm_t", (w, shape), w, runs, values, shape, dy, strides(dy), dx, strides(dx))
     return dx

@@ -129,7 +129,8 @@ def gru_backward(
             if scored[k] and weight.index is not None:
                 inputs = _previous(y, h0, lengths, k // 2) if k % 2 else x
                 inputs = torch.where(inside, inputs, inputs.new_zeros(()))
-                scores[k] = block_scores(dgates[k % 2][k // 2].flatten(0, 1), inputs.flatten(0, 1), weight.index)
+                rows = inputs.flatten(0, 1).contiguous()  # where() keeps the strides of an x of another layout
+                scores[k] = block_scores(dgates[k % 2][k // 2].flatten(0, 1), rows, weight.index)
     return GruGrads(dx, dh0, held.weight_grads, held.bias_grads, scores)
 
 
@@ -142,15 +143,17 @@ class _Held:
         self.weight_grads = [torch.empty_like(w) for w in self.weights] if grads else []
         self.bias_grads = [torch.empty_like(b) for b in self.biases] if grads else []
         in_sizes = (x.shape[2], weights[1].index.in_ if weights[1].index else weights[1].tensor.shape[1])
+        # The backward multiplies by the transposed weights.
+        self.indices = [_block_index(weight, in_sizes[k % 2], transposed=grads) for k, weight in enumerate(weights)]
         self.native = [
             native().GruWeight(
-                _block_index(weight, in_sizes[k % 2]),
+                self.indices[k],
                 self.weights[k].data_ptr(),
                 self.biases[k].data_ptr() if self.biases else 0,
                 self.weight_grads[k].data_ptr() if grads else 0,
                 self.bias_grads[k].data_ptr() if grads and self.biases else 0,
             )
-            for k, weight in enumerate(weights)
+            for k in range(len(weights))
         ]
 
     def layer(self, x: Tensor, h0: Tensor, lengths: Tensor | None, reserve: Tensor | None) -> Any:
@@ -171,10 +174,10 @@ class _Held:
         )
 
 
-def _block_index(weight: GruWeight, in_: int) -> Any:
+def _block_index(weight: GruWeight, in_: int, *, transposed: bool) -> Any:
     if weight.index is None:
         return native().BlockIndex(weight.tensor.shape[0], in_, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    return native_index(weight.index)
+    return native_index(weight.index, transposed=transposed)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def spmm(
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex) -> Tensor:
     """`dX [P, in] = dY [P, out] · W`."""
-    w, positions, runs = native_index(index), dy.shape[0], _runs(index, "by_col")
+    w, positions, runs = native_index(index, transposed=True), dy.shape[0], _runs(index, "by_col")
     dx = dy.new_empty(positions, index.in_)
     launch("unstructured_spmm_t", (w, positions), w, runs, values, dy, dy.stride(0), dx, dx.stride(0), positions)
     return dx
