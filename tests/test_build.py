@@ -20,6 +20,7 @@ from sparse_kernels.backends import registry
 from sparsediff import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("avx512", "avx512_bf16", "avx2", "portable")
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +134,7 @@ def test_compiles_without_warnings(objects: Path) -> None:
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
 def test_no_shared_inline_code_is_compiled_for_an_instruction_set(objects: Path) -> None:
     """The linker keeps one copy of an inline function: it must not be the one that only some CPUs run."""
-    kernels = [path for isa in ("avx512", "avx2", "portable") for path in (objects / isa).glob("*.o")]
+    kernels = [path for isa in ISAS for path in (objects / isa).glob("*.o")]
     assert kernels
     for path in kernels:
         symbols = run("nm", "-C", "--defined-only", path).stdout

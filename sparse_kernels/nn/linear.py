@@ -19,7 +19,7 @@ from .weights import SparseLayer
 class SparseLinear(SparseLayer):
     """`y = x · Wᵀ + b` with a weight `[out_features, in_features]` of which a fraction `sparsity` is absent.
 
-    Equivalent to: `F.linear(x, layer.dense_weight(), layer.bias)`.
+    Equivalent to: `F.linear(x, layer.dense_weight(), layer.bias)`, with the activation, if any, on top.
 
     Args:
         in_features, out_features, bias, device, dtype: as for torch.nn.Linear.
