@@ -172,19 +172,24 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
                             const ImageStrides& dy_strides, const float* x, const ImageStrides& x_strides,
                             float* dvalues, int64_t threads, void* workspace);
 
-// Block-CSR convolution, fp32 (csrc/cpu/conv_block.cpp), blocks as for block_spmm. Of the strides of an image, that of
-// the channels or that of the columns is 1. Outputs and repeatability as for block_spmm.
+// Block-CSR convolution (csrc/cpu/conv_block.cpp), blocks as for block_spmm. Of the strides of an image, that of the
+// channels or that of the columns is 1. Outputs and repeatability as for block_spmm. T is float, or bf16 for images in
+// bfloat16 whose channels lie side by side, as for block_spmm; the weight gradient is fp32.
 
 // y = conv(x, W) + bias
+template <class T>
 int64_t conv_block_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
-int conv_block_spmm(const BlockIndex& w, const ConvShape& conv, const float* values, const float* x,
-                    const ImageStrides& x_strides, const float* bias, float* y, const ImageStrides& y_strides,
+template <class T>
+int conv_block_spmm(const BlockIndex& w, const ConvShape& conv, const float* values, const T* x,
+                    const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides,
                     int64_t threads, void* workspace);
 
 // dx = the input gradient of conv for dy
+template <class T>
 int64_t conv_block_spmm_t_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
-int conv_block_spmm_t(const BlockIndex& w, const ConvShape& conv, const float* values, const float* dy,
-                      const ImageStrides& dy_strides, float* dx, const ImageStrides& dx_strides, int64_t threads,
+template <class T>
+int conv_block_spmm_t(const BlockIndex& w, const ConvShape& conv, const float* values, const T* dy,
+                      const ImageStrides& dy_strides, T* dx, const ImageStrides& dx_strides, int64_t threads,
                       void* workspace);
 
 // dvalues = the weight gradient at the active blocks

@@ -1,33 +1,48 @@
 // Block-CSR convolution on the CPU.
+#include <string>
+
 #include "bindings.h"
 
 namespace sk {
 
-void bind_conv_block(py::module_& m) {
-    m.def("conv_block_spmm_workspace_bytes", &conv_block_spmm_workspace_bytes, py::arg("index"), py::arg("conv"),
-          py::arg("threads"));
+namespace {
+
+// The launchers for images of type T, their names ending in `type`.
+template <class T>
+void bind(py::module_& m, const std::string& type) {
+    const auto name = [&](const char* launcher, const char* rest = "") { return launcher + type + rest; };
+    const char* const bytes = "_workspace_bytes";
+    m.def(name("conv_block_spmm", bytes).c_str(), &conv_block_spmm_workspace_bytes<T>, py::arg("index"),
+          py::arg("conv"), py::arg("threads"));
     m.def(
-        "conv_block_spmm",
+        name("conv_block_spmm").c_str(),
         [](const BlockIndex& w, const ConvShape& conv, addr values, addr x, const ImageStrides& x_strides, addr bias,
            addr y, const ImageStrides& y_strides, int64_t threads, addr workspace) {
-            return conv_block_spmm(w, conv, ptr<const float>(values), ptr<const float>(x), x_strides,
-                                   ptr<const float>(bias), ptr<float>(y), y_strides, threads, ptr<void>(workspace));
+            return conv_block_spmm(w, conv, ptr<const float>(values), ptr<const T>(x), x_strides,
+                                   ptr<const float>(bias), ptr<T>(y), y_strides, threads, ptr<void>(workspace));
         },
         py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("x"), py::arg("x_strides"), py::arg("bias"),
         py::arg("y"), py::arg("y_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
-        "y = conv(x, W) + bias; addresses of fp32 buffers, see csrc/api.h.");
-    m.def("conv_block_spmm_t_workspace_bytes", &conv_block_spmm_t_workspace_bytes, py::arg("index"), py::arg("conv"),
-          py::arg("threads"));
+        "y = conv(x, W) + bias; addresses, see csrc/api.h.");
+    m.def(name("conv_block_spmm_t", bytes).c_str(), &conv_block_spmm_t_workspace_bytes<T>, py::arg("index"),
+          py::arg("conv"), py::arg("threads"));
     m.def(
-        "conv_block_spmm_t",
+        name("conv_block_spmm_t").c_str(),
         [](const BlockIndex& w, const ConvShape& conv, addr values, addr dy, const ImageStrides& dy_strides, addr dx,
            const ImageStrides& dx_strides, int64_t threads, addr workspace) {
-            return conv_block_spmm_t(w, conv, ptr<const float>(values), ptr<const float>(dy), dy_strides,
-                                     ptr<float>(dx), dx_strides, threads, ptr<void>(workspace));
+            return conv_block_spmm_t(w, conv, ptr<const float>(values), ptr<const T>(dy), dy_strides, ptr<T>(dx),
+                                     dx_strides, threads, ptr<void>(workspace));
         },
         py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("dy"), py::arg("dy_strides"), py::arg("dx"),
         py::arg("dx_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
-        "dx = the input gradient of the convolution; addresses of fp32 buffers, see csrc/api.h.");
+        "dx = the input gradient of the convolution; addresses, see csrc/api.h.");
+}
+
+}  // namespace
+
+void bind_conv_block(py::module_& m) {
+    bind<float>(m, "");
+    bind<bf16>(m, "_bf16");
     m.def("conv_block_sddmm_workspace_bytes", &conv_block_sddmm_workspace_bytes, py::arg("index"), py::arg("conv"),
           py::arg("threads"));
     m.def(

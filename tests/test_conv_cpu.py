@@ -200,6 +200,41 @@ def test_views_of_any_strides(isa: str, pattern: Block) -> None:
         assert_close(run(index, values, view, wide[:, ::2], bias, conv), case)
 
 
+@pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 16), Block(64, 16), Block(8, 32)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_products_match_dense(isa: str, name: str, pattern: Block) -> None:
+    conv, n, in_, out, h, w = CASES[name]
+    topology, values = make(pattern, out, in_, conv.kernel[0] * conv.kernel[1], 0.4)
+    index, half = topology.weight_index(), torch.bfloat16
+    x, dy = image(n, in_, h, w, seed=1).to(half), image(n, out, *conv.output_size(h, w), seed=2).to(half)
+    weight = weight_of(topology.scatter(values.to(half).double()), conv, in_)
+    want = exact(conv, weight, x.double(), dy.double(), topology)
+    terms = exact(conv, weight.abs(), x.double().abs(), dy.double().abs(), topology)
+    for one, other in ((x, dy), (x.contiguous(), dy.contiguous())):
+        for what, got in run(index, values, one, other, None, conv).items():
+            rounding = torch.finfo(half).eps / 2 if what.startswith(("y", "dx")) else 0.0
+            assert got.dtype == (half if rounding else torch.float32) and torch.isfinite(got).all(), what
+            budget = 1.01 * rounding * want[what].abs() + 2e-6 * terms[what] + 1e-30
+            assert ((got - want[what]).abs() <= budget).all(), what
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bf16_slices(threads: int) -> None:
+    conv, (n, in_, out, h, w) = CASES["3x3"][0], (2, 160, 64, 90, 62)
+    topology, values = make(Block(32, 32), out, in_, 9, 0.05)
+    index, half = topology.weight_index(), torch.bfloat16
+    x, dy = image(n, in_, h, w, seed=1).to(half), image(n, out, h, w, seed=2).to(half)
+    weight = weight_of(topology.scatter(values.to(half).float()), conv, in_)
+    want = exact(conv, weight, x.float(), dy.float(), topology)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    got = run(index, values, x, dy, None, conv)
+    torch.set_num_threads(before)
+    for what in ("y", "dx"):
+        scale = float(want[what].abs().max())
+        torch.testing.assert_close(got[what].float(), want[what], rtol=1e-2, atol=1e-3 * scale)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("pattern", SOME, ids=str)
 def test_nan_and_inf_reach_what_they_touch_and_nothing_else(isa: str, pattern: Block, bad: float) -> None:

@@ -1,15 +1,20 @@
-// The kernel table of the block-CSR convolution (see dispatch.h); the launchers are documented in api.h.
+// The kernel tables of the block-CSR convolution (see dispatch.h); the launchers are documented in api.h.
 #pragma once
 
 #include "api.h"
 
 namespace sk {
 
-struct ConvBlockTable {
+// T is that of images: float, or bf16.
+template <class T>
+struct ConvProductTable {
     int64_t (*spmm_workspace)(const BlockIndex&, const ConvShape&, bool transposed, int64_t threads);
-    void (*spmm)(const BlockIndex&, const ConvShape&, bool transposed, const float* values, const float* x,
-                 const ImageStrides& x_strides, const float* bias, float* y, const ImageStrides& y_strides,
-                 int64_t threads, void* workspace);
+    void (*spmm)(const BlockIndex&, const ConvShape&, bool transposed, const float* values, const T* x,
+                 const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides, int64_t threads,
+                 void* workspace);
+};
+
+struct ConvGradientTable {
     int64_t (*sddmm_workspace)(const BlockIndex&, const ConvShape&, int64_t threads);
     void (*sddmm)(const BlockIndex&, const ConvShape&, const float* dy, const ImageStrides& dy_strides, const float* x,
                   const ImageStrides& x_strides, float* dvalues, int64_t threads, void* workspace);

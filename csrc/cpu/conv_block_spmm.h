@@ -21,8 +21,8 @@ struct ConvTile {
     const float* bias;       // of the row block, or null
     bool first;              // begins with the bias; else adds to y
     int64_t n0, n1;          // outputs in either vector
-    const float* x;
-    float* y;
+    const float* x;          // packed
+    element* y;
     const int64_t *x_at, *y_at;  // [positions]: where each position lies in x and y
 };
 
@@ -35,7 +35,7 @@ static void conv_tile(const ConvTile& t, int64_t q, int64_t o) {
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
         x[i] = t.x + t.x_at[q + i];
-        float* y = t.y + t.y_at[q + i] + o;
+        element* y = t.y + t.y_at[q + i] + o;
         __builtin_prefetch(y, 1);
         if (!PAIR) __builtin_prefetch(y + VLEN, 1);
         if (PAIR) {
@@ -44,8 +44,8 @@ static void conv_tile(const ConvTile& t, int64_t q, int64_t o) {
             acc[i][0] = t.bias ? load_first(t.bias + o, t.n0) : zero();
             acc[i][1] = t.bias && t.n1 ? load_first(t.bias + o + VLEN, t.n1) : zero();
         } else {
-            acc[i][0] = load_first(y, t.n0);
-            acc[i][1] = t.n1 ? load_first(y + VLEN, t.n1) : zero();
+            acc[i][0] = read_first(y, t.n0);
+            acc[i][1] = t.n1 ? read_first(y + VLEN, t.n1) : zero();
         }
     }
     for (int64_t e = t.begin; e < t.end; ++e) {
@@ -68,17 +68,17 @@ static void conv_tile(const ConvTile& t, int64_t q, int64_t o) {
             const vfloat w0 = load(w), w1 = load(w + VLEN);
 #pragma GCC unroll 12
             for (int i = 0; i < MR; ++i) {
-                const vfloat xv = PAIR ? broadcast_pair(x[i] + at) : broadcast(x[i][at]);
-                acc[i][0] = fma(xv, w0, acc[i][0]);
-                acc[i][1] = fma(xv, w1, acc[i][1]);
+                const vfloat xv = PAIR ? broadcast_pair(x[i] + at) : spread(x[i] + at);
+                acc[i][0] = mac(xv, w0, acc[i][0]);
+                acc[i][1] = mac(xv, w1, acc[i][1]);
             }
         }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < MR; ++i) {
-        float* y = t.y + t.y_at[q + i] + o;
+        element* y = t.y + t.y_at[q + i] + o;
         if (PAIR) {
-            const vfloat start = !t.first ? load_first(y, t.n0) : t.bias ? load_first(t.bias, t.n0) : zero();
+            const vfloat start = !t.first ? read_first(y, t.n0) : t.bias ? load_first(t.bias, t.n0) : zero();
             store_first(y, start + fold_pairs(acc[i][0], acc[i][1]), t.n0);
         } else {
             store_first(y, acc[i][0], t.n0);
@@ -104,23 +104,25 @@ static void conv_rows(const ConvTile& t, int64_t q, int64_t stop, int64_t o) {
 struct ConvProduct {
     Gather gather;
     SlicePlan slices;
-    int64_t taps, n, k, nb, kb, n_blocks, k_blocks;
+    int64_t taps, n, k, nb, kb, n_blocks, k_blocks;  // k in channels, kb in units
     bool direct, outer, pack, early;  // pack: weights are transposed, `early`: all of them before the slices
     bool dense;                       // grid positions lie in y one stride after the other, channels side by side
     int64_t panel_width;
-    int64_t chunk;  // blocks whose weights a direct product reads, or packs, at a time
+    int64_t chunk;  // blocks whose weights a direct product reads, or packs, at a time; all of a row where y is bf16
     // The gathered blocks of each row block, sorted by channels and then by tap, so that the taps meet the same pixels.
     int32_t *ptr, *idx, *slot;
     int32_t *ptr_k, *idx_k, *slot_k;  // outer: the row blocks of each gathered block
     int64_t* distance;
     const float *values, *weights;  // weights: packed early
     int64_t stride_n, stride_k;
-    const float* src;
+    const element* src;
     ImageStrides src_strides;
     const float* bias;
-    float* dst;
+    element* dst;
     ImageStrides dst_strides;  // of the grid
 };
+
+#if !defined(__AVX512BF16__)
 
 // Row blocks' results in channel planes: y [positions, nb] of grid positions [q0, q1) to their places.
 static void store_planes(const ConvProduct& a, const Slice& s, const float* y, int64_t ldy, int64_t q0, int64_t q1,
@@ -143,6 +145,8 @@ static void store_planes(const ConvProduct& a, const Slice& s, const float* y, i
     }
 }
 
+#endif
+
 // Where the positions of a slice's grid rows [first, stop) lie in the packed source and in y: the output itself, or
 // rows of nb floats where it has planes.
 static void place_rows(const ConvProduct& a, const Slice& s, int64_t first, int64_t stop, int64_t* x_at,
@@ -159,15 +163,21 @@ static void place_rows(const ConvProduct& a, const Slice& s, int64_t first, int6
     }
 }
 
-// Row block r at positions [q0, q1) of a slice; scratch holds a chunk of packed weights and, for planes, y.
-static void direct_product(const ConvProduct& a, const Slice& s, const float* packed, const int64_t* x_at,
-                           const int64_t* y_at, int64_t r, int64_t q0, int64_t q1, float* scratch, float* planes) {
-    const bool rows = a.dst_strides.c == 1, pair = a.nb == VLEN;
+// Row block r at positions [q0, q1) of a slice; scratch holds a chunk of packed weights, planes y where the output has
+// planes, which bf16 outputs have not.
+static void direct_product(const ConvProduct& a, [[maybe_unused]] const Slice& s, const float* packed,
+                           const int64_t* x_at, const int64_t* y_at, int64_t r, int64_t q0, int64_t q1, float* scratch,
+                           [[maybe_unused]] float* planes) {
+    const bool pair = a.nb == VLEN;
     const int64_t block = a.nb * a.kb, real = smaller(a.nb, a.n - r * a.nb);
     ConvTile t;
     t.distance = a.distance, t.idx = a.idx, t.block = block, t.kb = a.kb, t.ldw = pair ? 2 * VLEN : a.nb;
     t.bias = a.bias ? a.bias + r * a.nb : nullptr;
-    t.x = packed, t.x_at = x_at, t.y_at = y_at, t.y = rows ? a.dst + r * a.nb : planes;
+    t.x = packed, t.x_at = x_at, t.y_at = y_at, t.y = a.dst + r * a.nb;
+#if !defined(__AVX512BF16__)
+    const bool rows = a.dst_strides.c == 1;
+    if (!rows) t.y = planes;
+#endif
     const int64_t end = a.ptr[r + 1];
     t.begin = a.ptr[r];
     do {
@@ -177,8 +187,8 @@ static void direct_product(const ConvProduct& a, const Slice& s, const float* pa
         } else {
             t.slot = nullptr, t.weights = a.early ? a.weights + t.begin * block : scratch;
             for (int64_t e = t.begin; e < t.end && !a.early; ++e)
-                pack_block(a.values + a.slot[e] * block, a.stride_n, a.stride_k, a.nb, a.kb,
-                           scratch + (e - t.begin) * block);
+                pack_weights(a.values + a.slot[e] * block * kUnit, a.stride_n, a.stride_k, a.nb, a.kb * kUnit,
+                             scratch + (e - t.begin) * block);
         }
         for (int64_t o = 0; o < real; o += pair ? VLEN : 2 * VLEN) {
             t.n0 = smaller(VLEN, real - o), t.n1 = pair ? 0 : larger(0, smaller(VLEN, real - o - VLEN));
@@ -189,8 +199,12 @@ static void direct_product(const ConvProduct& a, const Slice& s, const float* pa
         }
         t.begin = t.end;
     } while (t.begin < end);
+#if !defined(__AVX512BF16__)
     if (!rows) store_planes(a, s, planes + q0 * a.nb, a.nb, q0, q1, r * a.nb, real);
+#endif
 }
+
+#if !defined(__AVX512BF16__)
 
 // The rows that positions [q0, q1) multiply, transposed: [taps * k_blocks * kb][panel_width].
 static void gather_panel(const ConvProduct& a, const float* packed, const int64_t* x_at, int64_t q0, int64_t q1,
@@ -240,5 +254,7 @@ static void panel_positions(const ConvProduct& a, const Slice& s, const float* p
     for (int64_t q = q0; q < q1; ++q)
         for (int64_t c = 0; c < a.n; ++c) a.dst[y_at[q] + c] = rows[(q - q0) * a.n + c];
 }
+
+#endif
 
 }  // namespace sk::SK_ISA

@@ -8,6 +8,7 @@
 // with zeros outside the image, so that a tap is one distance for every position.
 #pragma once
 
+#include "cpu/bf16.h"
 #include "cpu/block_sddmm.h"
 
 namespace sk::SK_ISA {
@@ -70,7 +71,7 @@ SK_INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 struct SlicePlan {
     bool shared;                     // one slice for everybody
-    int64_t side, strips;            // channels a strip, strips
+    int64_t side, strips;            // units a strip (see bf16.h: channels, or pairs of them), strips
     int64_t images, rows;            // at most, of a slice: either one image or whole ones
     int64_t image_parts, row_parts;  // slices
     int64_t source_rows, width;      // packed rows of an image, packed columns
@@ -85,7 +86,7 @@ static int64_t source_rows(const GatherAxis& h, int64_t rows) {
 
 static SlicePlan plan_slices(const Gather& g, int64_t channels, int64_t side, int64_t threads) {
     SlicePlan p;
-    p.side = side, p.strips = ceil_div(channels, side);
+    p.side = side, p.strips = ceil_div(units(channels), side);
     p.width = larger(1, (g.w.grid - 1) * g.w.step + g.w.high - g.w.low + 1);
     const int64_t row_bytes = 4 * p.strips * side * p.width;
     const int64_t image_bytes = larger(1, source_rows(g.h, g.h.grid)) * row_bytes;
@@ -154,6 +155,22 @@ static void zero_pixels(float* dst, int64_t strip, int64_t strips, int64_t float
 }
 
 // Pixels [0, count) of one source row into strips at dst.
+#if defined(__AVX512BF16__)
+
+static void pack_pixels(const element* src, const ImageStrides& s, int64_t count, int64_t channels, int64_t side,
+                        float* dst, int64_t strip) {
+    for (int64_t p = 0; p < count; ++p, src += s.w, dst += side) {
+        float* to = dst;
+        for (int64_t c = 0; c < channels; c += kUnit * side, to += strip) {
+            const int64_t real = smaller(kUnit * side, channels - c);
+            pack_row(src + c, to, real);
+            for (int64_t j = units(real); j < side; ++j) to[j] = 0;
+        }
+    }
+}
+
+#else
+
 static void pack_pixels(const float* src, const ImageStrides& s, int64_t count, int64_t channels, int64_t side,
                         float* dst, int64_t strip) {
     if (s.c == 1) return pack_strips(src, s.w, count, channels, side, dst, strip);
@@ -166,9 +183,11 @@ static void pack_pixels(const float* src, const ImageStrides& s, int64_t count, 
     }
 }
 
+#endif
+
 // Packed row `row` of image i of a slice.
-static void pack_row(const Gather& g, const SlicePlan& p, const Slice& slice, int64_t i, int64_t row, const float* src,
-                     const ImageStrides& s, int64_t channels, float* packed) {
+static void pack_row(const Gather& g, const SlicePlan& p, const Slice& slice, int64_t i, int64_t row,
+                     const element* src, const ImageStrides& s, int64_t channels, float* packed) {
     float* dst = packed + (i * p.source_rows + row) * p.width * p.side;
     const int64_t h = slice.u * g.h.step + g.h.low + row;
     if (h < 0 || h >= g.h.source) return zero_pixels(dst, p.strip, p.strips, p.width * p.side);

@@ -1,13 +1,15 @@
 """The convolution of the `cpu` backend for blocks other than 1x1: calls of csrc/cpu/conv_block.cpp.
 
 Images go to the kernels by address and strides, channels_last or contiguous, and their results have the memory format
-that ops/conv.py promises. A 1x1 convolution of channels_last images that takes every pixel is `_cpu_block`'s linear.
+that ops/conv.py promises. In bf16, where `has_bf16`, the products of channels_last images are native; the weight
+gradient is the fp32 one. A 1x1 convolution of channels_last images that takes every pixel is `_cpu_block`'s linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,15 @@ from torch import Tensor
 from .._native import native
 from ..topology import WeightIndex
 from . import _cpu_block
-from ._cpu_conv_unstructured import conv_shape, strides
+from ._cpu_conv_unstructured import conv_shape
 from ._cpu_launch import launch, native_index
 from .reference import memory_format
 from .registry import ConvGeometry
+
+
+def has_bf16(index: WeightIndex) -> bool:
+    """Whether bf16 images have kernels here, for these blocks."""
+    return _cpu_block.has_bf16(index)
 
 
 def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
@@ -28,11 +35,11 @@ def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, con
     rows = _rows(x, conv)
     if rows is not None and form == torch.channels_last:
         return _images(_cpu_block.spmm(rows, values, index, bias), shape)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     x = _addressable(x)
+    y = _output(x, shape, form)
     w, sizes = native_index(index), conv_shape(x, conv)
-    launch("conv_block_spmm", (w, sizes), w, sizes, values, x, strides(x), bias, y, strides(y))
-    return y
+    launch(_typed("conv_block_spmm", x), (w, sizes), w, sizes, values, x, _strides(x), bias, y, _strides(y))
+    return y.contiguous(memory_format=form)
 
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
@@ -41,11 +48,11 @@ def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x
     rows = _rows(dy, conv)
     if rows is not None and form == torch.channels_last:
         return _images(_cpu_block.spmm_t(rows, values, index), shape)
-    dx = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=form)
     dy = _addressable(dy)
+    dx = _output(dy, shape, form)
     w, sizes = native_index(index), conv_shape(dx, conv)
-    launch("conv_block_spmm_t", (w, sizes), w, sizes, values, dy, strides(dy), dx, strides(dx))
-    return dx
+    launch(_typed("conv_block_spmm_t", dy), (w, sizes), w, sizes, values, dy, _strides(dy), dx, _strides(dx))
+    return dx.contiguous(memory_format=form)
 
 
 def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
@@ -54,10 +61,10 @@ def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tens
     x_rows, dy_rows = _rows(x, conv), _rows(dy, conv)
     if x_rows is not None and dy_rows is not None:
         return _cpu_block.sddmm(dy_rows, x_rows, index)
-    x, dy = _addressable(x), _addressable(dy)
+    x, dy = _addressable(x.float()), _addressable(dy.float())
     dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
     w, sizes = native_index(index), conv_shape(x, conv)
-    launch("conv_block_sddmm", (w, sizes), w, sizes, dy, strides(dy), x, strides(x), dvalues)
+    launch("conv_block_sddmm", (w, sizes), w, sizes, dy, _strides(dy), x, _strides(x), dvalues)
     return dvalues
 
 
@@ -65,7 +72,7 @@ def backward(
     dy: Tensor, x: Tensor, values: Tensor, index: WeightIndex, want_bias: bool, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`spmm_t`, `sddmm` and the bias gradient `[out]` in one pass over dY; None where no kernel does that."""
-    if _rows(x, conv) is not None and _rows(dy, conv) is not None:
+    if x.dtype != torch.float32 or (_rows(x, conv) is not None and _rows(dy, conv) is not None):
         return None
     w, sizes = native_index(index), conv_shape(x, conv)
     if not native().conv_block_backward_fuses(w, sizes):
@@ -74,7 +81,7 @@ def backward(
     dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
     dbias = x.new_empty(index.out) if want_bias else None
     x, dy = _addressable(x), _addressable(dy)
-    images = dy, strides(dy), x, strides(x), dx, strides(dx)
+    images = dy, _strides(dy), x, _strides(x), dx, _strides(dx)
     launch("conv_block_backward", (w, sizes), w, sizes, values, *images, dvalues, dbias)
     return dx, dvalues, dbias
 
@@ -101,8 +108,25 @@ def _taken(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where neither its channels nor its columns lie side by side."""
+    """`x`, or a copy of it where neither its channels nor its columns lie side by side; in bf16 its channels must."""
+    if x.dtype == torch.bfloat16:
+        return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
     return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+
+
+def _output(like: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
+    form = torch.channels_last if like.dtype == torch.bfloat16 else form
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=form)
+
+
+def _typed(launcher: str, x: Tensor) -> str:
+    return f"{launcher}_bf16" if x.dtype == torch.bfloat16 else launcher
+
+
+def _strides(image: Tensor) -> Any:
+    """The `ImageStrides` of csrc/api.h; one channel counts as lying side by side."""
+    n, c, h, w = image.stride()
+    return native().ImageStrides(n, 1 if image.shape[1] == 1 else c, h, w)
 
 
 def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:

@@ -44,6 +44,11 @@ class RunsDeriver:
             check(status, "conv_unstructured_derive")
 
 
+def has_bf16(index: WeightIndex) -> bool:
+    """Whether bf16 images have kernels: they are converted."""
+    return False
+
+
 def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
     """`Y [N, out, H', W'] = gather(X) · Wᵀ + bias`, in the memory format of x."""
     w, shape, runs = native_index(index), conv_shape(x, conv), _runs(index, "by_row")

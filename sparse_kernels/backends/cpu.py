@@ -189,7 +189,8 @@ def _conv(index: WeightIndex) -> ModuleType:
 
 def _converts(x: Tensor, index: WeightIndex, conv: ConvGeometry | None) -> bool:
     """Whether these activations are converted to fp32 for the kernels."""
-    return x.dtype == torch.bfloat16 and (conv is not None or not _linear(index).has_bf16(index))
+    module = _linear(index) if conv is None else _conv(index)
+    return x.dtype == torch.bfloat16 and not module.has_bf16(index)
 
 
 def _rounded(weights: Tensor) -> Tensor:

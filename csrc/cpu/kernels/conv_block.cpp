@@ -1,4 +1,7 @@
 // The block-CSR convolutions: plans, threads and workspaces around the tiles of conv_block_spmm.h and block_sddmm.h.
+//
+// Compiled with __AVX512BF16__, too: images are then bf16 with their channels side by side, only blocks whose sides are
+// multiples of VLEN are served, and the weight gradient is left to the fp32 kernels.
 #include "cpu/conv_block.h"
 
 #include "cpu/block_sddmm.h"
@@ -30,6 +33,9 @@ struct ProductSpace {
     int64_t packed_floats, place_floats, thread_floats;  // of one thread
 };
 
+// Floats of the packed weights at the start of a thread's scratch.
+static int64_t packed_chunk(const ConvProduct& a) { return a.pack && !a.early ? a.chunk * a.nb * a.kb : 0; }
+
 // The plan of a product and its workspace; false where it has no positions.
 static bool plan_product(const BlockIndex& w, const ConvShape& c, bool transposed, int64_t phase_h, int64_t phase_w,
                          int64_t threads, Arena& arena, ConvProduct& a, ProductSpace& space) {
@@ -37,13 +43,14 @@ static bool plan_product(const BlockIndex& w, const ConvShape& c, bool transpose
     if (!a.gather.h.grid || !a.gather.w.grid || !c.batch) return false;
     a.taps = c.kernel_h * c.kernel_w;
     a.n = transposed ? w.in : w.out, a.k = transposed ? w.out : w.in;
-    a.nb = transposed ? w.bw : w.bh, a.kb = transposed ? w.bh : w.bw;
-    a.n_blocks = ceil_div(a.n, a.nb), a.k_blocks = ceil_div(a.k, a.kb);
-    a.direct = a.nb >= VLEN && a.kb >= 8;
+    const int64_t kb = transposed ? w.bh : w.bw;
+    a.nb = transposed ? w.bw : w.bh, a.kb = units(kb);
+    a.n_blocks = ceil_div(a.n, a.nb), a.k_blocks = ceil_div(a.k, kb);
+    a.direct = kUnit > 1 || (a.nb >= VLEN && kb >= 8);
     a.outer = a.nb == 1;
-    a.pack = a.direct && (!transposed || a.nb == VLEN);
+    a.pack = a.direct && (kUnit > 1 || !transposed || a.nb == VLEN);
     a.panel_width = (a.outer ? kOuterVectors : a.nb >= kWideOutputs ? 3 : 6) * VLEN;
-    a.chunk = larger(1, kWeightBytes / (4 * a.nb * a.kb));
+    a.chunk = kUnit > 1 ? a.taps * a.k_blocks : larger(1, kWeightBytes / (4 * a.nb * a.kb));
     a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
     a.slices = plan_slices(a.gather, a.k, a.direct ? a.kb : larger(a.kb, 32), threads);
     a.early = a.pack && !a.slices.shared;
@@ -53,7 +60,7 @@ static bool plan_product(const BlockIndex& w, const ConvShape& c, bool transpose
     a.ptr_k = arena.take<int32_t>(outer * (a.taps * a.k_blocks + 1));
     a.idx_k = arena.take<int32_t>(outer * w.nnzb), a.slot_k = arena.take<int32_t>(outer * w.nnzb);
     a.distance = arena.take<int64_t>(a.taps * a.k_blocks);
-    space.weights = arena.take<float>(a.early ? w.nnzb * w.bh * w.bw : 0);
+    space.weights = arena.take<float>(a.early ? w.nnzb * w.bh * w.bw / kUnit : 0);
     const int64_t positions = a.slices.images * a.slices.rows * a.gather.w.grid;
     const int64_t copies = a.slices.shared ? 1 : threads;
     space.packed_floats = a.slices.bytes / 4, space.place_floats = (positions + 15) / 16 * 16;
@@ -62,7 +69,7 @@ static bool plan_product(const BlockIndex& w, const ConvShape& c, bool transpose
     space.y_at = arena.take<int64_t>(copies * space.place_floats);
     // Either packed weights and y in planes, or a panel, its outputs and y.
     space.thread_floats = a.direct
-                              ? (a.pack && !a.early ? a.chunk * a.nb * a.kb : 0) + positions * a.nb
+                              ? packed_chunk(a) + (kUnit > 1 ? 0 : positions * a.nb)
                               : (a.taps * a.k_blocks * a.kb + (a.outer ? a.n : kPanelOutputs) + a.n) * a.panel_width;
     space.thread_floats = (space.thread_floats + 15) / 16 * 16;
     space.thread = arena.take<float>(threads * space.thread_floats);
@@ -145,29 +152,33 @@ static void prepare_product(const BlockIndex& w, bool transposed, ConvProduct& a
 }
 
 // Every row of source images of a slice.
-static void pack_slice(const Gather& g, const SlicePlan& p, const Slice& s, const float* src, const ImageStrides& at,
+static void pack_slice(const Gather& g, const SlicePlan& p, const Slice& s, const element* src, const ImageStrides& at,
                        int64_t channels, float* packed) {
     const int64_t rows = source_rows(g.h, s.rows);
     for (int64_t n = 0; n < s.images; ++n)
         for (int64_t row = 0; row < rows; ++row) pack_row(g, p, s, n, row, src, at, channels, packed);
 }
 
+// All packed weights; called by every thread of a team.
+static void pack_early(const ConvProduct& a, float* packed) {
+    const int64_t block = a.nb * a.kb, blocks = a.ptr[a.n_blocks];
+#pragma omp for schedule(static)
+    for (int64_t e = 0; e < blocks; ++e)
+        pack_weights(a.values + a.slot[e] * block * kUnit, a.stride_n, a.stride_k, a.nb, a.kb * kUnit,
+                     packed + e * block);
+}
+
 static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, const ProductSpace& space,
                         int64_t threads) {
     const SlicePlan& p = a.slices;
-    const int64_t columns = a.gather.w.grid, block = w.bh * w.bw;
+    const int64_t columns = a.gather.w.grid;
     prepare_product(w, transposed, a, space);
-    const int64_t blocks = a.ptr[a.n_blocks];
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         const int64_t me = omp_get_thread_num();
         float* scratch = space.thread + me * space.thread_floats;
-        float* planes = scratch + (a.pack && !a.early ? a.chunk * block : 0);
-        if (a.early) {
-#pragma omp for schedule(static)
-            for (int64_t e = 0; e < blocks; ++e)
-                pack_block(a.values + a.slot[e] * block, a.stride_n, a.stride_k, a.nb, a.kb, space.weights + e * block);
-        }
+        float* planes = scratch + packed_chunk(a);
+        if (a.early) pack_early(a, space.weights);
         if (p.shared) {
             const Slice s = slice_at(a.gather, p, 0);
             const int64_t positions = s.images * s.rows * columns;
@@ -179,12 +190,15 @@ static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, co
                 place_rows(a, s, row, row + 1, space.x_at, space.y_at);
             if (a.direct) {
                 direct_share(a, s, space, positions, me, omp_get_num_threads(), scratch, planes);
-            } else {
+            }
+#if !defined(__AVX512BF16__)
+            else {
 #pragma omp for schedule(static)
                 for (int64_t q = 0; q < ceil_div(positions, a.panel_width); ++q)
                     panel_positions(a, s, space.packed, space.x_at, space.y_at, q * a.panel_width,
                                     smaller(positions, (q + 1) * a.panel_width), scratch);
             }
+#endif
         } else {
             float* packed = space.packed + me * space.packed_floats;
             int64_t *x_at = space.x_at + me * space.place_floats, *y_at = space.y_at + me * space.place_floats;
@@ -197,10 +211,13 @@ static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, co
                 if (a.direct) {
                     for (int64_t r = 0; r < a.n_blocks; ++r)
                         direct_product(a, s, packed, x_at, y_at, r, 0, positions, scratch, planes);
-                } else {
+                }
+#if !defined(__AVX512BF16__)
+                else {
                     for (int64_t q = 0; q < positions; q += a.panel_width)
                         panel_positions(a, s, packed, x_at, y_at, q, smaller(positions, q + a.panel_width), scratch);
                 }
+#endif
             }
         }
     }
@@ -220,8 +237,8 @@ static int64_t spmm_workspace(const BlockIndex& w, const ConvShape& c, bool tran
     return bytes;
 }
 
-static void spmm(const BlockIndex& w, const ConvShape& c, bool transposed, const float* values, const float* x,
-                 const ImageStrides& x_strides, const float* bias, float* y, const ImageStrides& y_strides,
+static void spmm(const BlockIndex& w, const ConvShape& c, bool transposed, const float* values, const element* x,
+                 const ImageStrides& x_strides, const float* bias, element* y, const ImageStrides& y_strides,
                  int64_t threads, void* workspace) {
     const int64_t phases_h = transposed ? c.stride_h : 1, phases_w = transposed ? c.stride_w : 1;
     for (int64_t phase = 0; phase < phases_h * phases_w; ++phase) {
@@ -238,6 +255,11 @@ static void spmm(const BlockIndex& w, const ConvShape& c, bool transposed, const
         run_product(w, transposed, a, space, threads);
     }
 }
+
+extern const ConvProductTable<element> conv_product_table;
+const ConvProductTable<element> conv_product_table = {spmm_workspace, spmm};
+
+#if !defined(__AVX512BF16__)
 
 // The weight gradient: dY and X packed by slices, X with its border; see block_sddmm.h for A and B.
 struct ConvSddmmPlan {
@@ -483,20 +505,15 @@ static void backward(const BlockIndex& w, const ConvShape& c, const float* value
     a.values = values, a.src = dy, a.src_strides = dy_strides, a.bias = nullptr, a.dst = dx, a.dst_strides = dx_strides;
     prepare_product(w, true, a, b.space);
     place_strips(p);
-    const int64_t slices = a.slices.image_parts * a.slices.row_parts, blocks = a.ptr[a.n_blocks];
+    const int64_t slices = a.slices.image_parts * a.slices.row_parts;
     for (int64_t i = 0; i < threads * b.bias_floats; ++i) b.bias_sums[i] = 0;
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
         const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
         float *scratch = b.space.thread + me * b.space.thread_floats, *spare = p.spare + me * p.spare_floats;
-        float* planes = scratch + (a.pack && !a.early ? a.chunk * w.bh * w.bw : 0);
+        float* planes = scratch + packed_chunk(a);
         float* sums = b.bias_sums + me * b.bias_floats;
-        if (a.early) {
-#pragma omp for schedule(static)
-            for (int64_t e = 0; e < blocks; ++e)
-                pack_block(values + a.slot[e] * w.bh * w.bw, a.stride_n, a.stride_k, a.nb, a.kb,
-                           b.space.weights + e * w.bh * w.bw);
-        }
+        if (a.early) pack_early(a, b.space.weights);
         if (a.slices.shared) {
             const Slice s = slice_at(a.gather, a.slices, 0), owned = owned_rows(b, s);
 #pragma omp for schedule(static) nowait
@@ -558,8 +575,9 @@ static void backward(const BlockIndex& w, const ConvShape& c, const float* value
     }
 }
 
-extern const ConvBlockTable conv_block_table;
-const ConvBlockTable conv_block_table = {spmm_workspace,     spmm,    sddmm_workspace, sddmm, backward_fuses,
-                                         backward_workspace, backward};
+extern const ConvGradientTable conv_gradient_table;
+const ConvGradientTable conv_gradient_table = {sddmm_workspace, sddmm, backward_fuses, backward_workspace, backward};
+
+#endif
 
 }  // namespace sk::SK_ISA
