@@ -88,7 +88,11 @@ def measure_problem(
     """
     if case.keeps_freed_memory:
         keep_freed_memory()
-    prepared = problem.prepare(problem.variants)
+    try:
+        prepared = problem.prepare(problem.variants)
+    # A problem that cannot be built here (memory, a missing package) must not end a run of all the others.
+    except Exception as error:
+        return Outcome([], {"as a whole": f"not built: {type(error).__name__}: {error}"})
     ours: dict[str, Ours] = {}
     failures: dict[str, str] = {}
     for variant in problem.variants:

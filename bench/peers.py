@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib.util
 import resource
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from bench.harness import check_close
 from bench.registry import Wrong
 from sparse_kernels.patterns import Block, parse_pattern
 
+PATIENCE = 5.0  # seconds
 FORWARD, TRAINING = "forward", "forward + backward"
 
 # What people would also look for, and why it has no row here.
@@ -104,12 +106,18 @@ def contenders(job: Job) -> tuple[dict[str, Callable[[], Results]], dict[str, st
         if reason is None:
             try:
                 run = peer.build(job)
-                _check(job, peer.name, run())
+                start = time.perf_counter()
+                results = run()
+                seconds = time.perf_counter() - start
+                _check(job, peer.name, results)
+                if seconds > PATIENCE:
+                    reason = f"right, but a call takes {seconds:.1f} s: no rounds of it"
             # A peer that breaks is named with what it said; it must not end the measurement of ours.
             except Exception as error:
                 reason = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
             else:
-                functions[peer.name] = run
+                if reason is None:
+                    functions[peer.name] = run
         if reason is not None:
             reasons[peer.name] = reason
     return functions, reasons

@@ -101,8 +101,6 @@ register(
                     passes=peers.FORWARD),
             Problem(f"conv 3x3 N={BATCH} C=448 32x32", CONV, partial(prepare_conv, 448, 32), seconds=6.0,
                     passes=peers.FORWARD),
-            Problem(f"conv 3x3 N={BATCH} C=896 8x8", CONV, partial(prepare_conv, 896, 8), seconds=4.0,
-                    passes=peers.FORWARD),
         ),
     )
 )  # fmt: skip
