@@ -68,8 +68,8 @@ SK_INLINE void pack_row(const element* src, float* dst, int64_t cols) {
 
 // dst[s][units of rows][side] from src[rows, strips * side]: neighbouring rows make the units; strips are `strip` units
 // apart, columns from `cols` on and a row behind the last one are zero. side is a multiple of VLEN.
-static void pack_strips(const element* src, int64_t ld, int64_t rows, int64_t cols, int64_t side, float* dst,
-                        int64_t strip) {
+[[maybe_unused]] static void pack_strips(const element* src, int64_t ld, int64_t rows, int64_t cols, int64_t side,
+                                         float* dst, int64_t strip) {
     for (int64_t p = 0; p < rows; p += 2, src += 2 * ld, dst += side) {
         const bool pair = p + 1 < rows;
         float* to = dst;

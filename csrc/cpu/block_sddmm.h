@@ -234,8 +234,8 @@ static void thin_row(const SddmmOperands& s, const float* a, const float* b, int
 }
 
 // Blocks [begin, end) of one row: a is the row's strip of A, b the packed slice of B.
-static void sddmm_blocks(const SddmmOperands& s, const float* a, const float* b, int64_t begin, int64_t end,
-                         const SddmmPositions& at, bool accumulate, float* spare) {
+[[maybe_unused]] static void sddmm_blocks(const SddmmOperands& s, const float* a, const float* b, int64_t begin,
+                                          int64_t end, const SddmmPositions& at, bool accumulate, float* spare) {
     if (s.hb == 1)
         thin_row(s, a, b, begin, end, at, accumulate, spare);
     else if (s.hb >= VLEN)
@@ -278,7 +278,7 @@ static void pack_strips(const float* src, int64_t ld, int64_t rows, int64_t cols
 #endif
 
 // Zero where the last blocks of a row, or of the columns of each tap, stick out of W.
-static void clear_padding(const BlockIndex& w, int64_t taps, float* dvalues) {
+[[maybe_unused]] static void clear_padding(const BlockIndex& w, int64_t taps, float* dvalues) {
     const int64_t block = w.bh * w.bw, columns = ceil_div(w.in, w.bw);
     if (const int64_t real = w.out % w.bh) {
         const int64_t r = w.out / w.bh;
