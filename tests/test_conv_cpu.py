@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_kernels import _native
+from sparse_kernels import _native, ops
 from sparse_kernels.backends import ConvGeometry, get
 from sparse_kernels.patterns import Block
 from sparse_kernels.topology import Topology, WeightIndex
@@ -198,6 +198,30 @@ def test_views_of_any_strides(isa: str, pattern: Block) -> None:
     wide[:, ::2] = dy
     for view in (last, planes[:, 1:, 1:, 2:], neither):
         assert_close(run(index, values, view, wide[:, ::2], bias, conv), case)
+
+
+@pytest.mark.parametrize("pattern", SOME, ids=str)
+def test_images_one_column_wide_whose_stride_says_nothing(pattern: Block) -> None:
+    conv, n, in_, out, h = ConvGeometry((3, 1), padding=(1, 0)), 2, 32, 32, 9
+    topology, values = make(pattern, out, in_, 3, 0.4)
+    x, dy = (torch.randn(n, channels, 1, h).transpose(2, 3) for channels in (in_, out))
+    assert x.stride(1) != 1 and x.stride(3) != 1 and x.is_contiguous()
+    got = run(topology.weight_index(), values, x, dy, None, conv)
+    usual = [image.flatten().view(image.shape) for image in (x, dy)]
+    want = run(topology.weight_index(), values, *usual, None, conv)
+    for what in got:
+        torch.testing.assert_close(got[what], want[what])
+
+
+def test_an_empty_image_with_wide_padding() -> None:
+    topology, values = make(Block(32, 32), 32, 32, 9, 1.0)
+    x = torch.empty(2, 32, 0, 5, requires_grad=True)
+    weight = values.clone().requires_grad_()
+    y = ops.conv2d(x, weight, topology, conv=ConvGeometry((3, 3), padding=(2, 2)), backend="cpu")
+    y.sum().backward()
+    assert y.shape == (2, 32, 2, 7) and not y.detach().any()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert weight.grad is not None and not weight.grad.any()
 
 
 @pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 16), Block(64, 16), Block(8, 32)], ids=str)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from sparse_kernels import _native
+from sparse_kernels import _native, ops
 from sparse_kernels.backends import get
 from sparse_kernels.patterns import Block, Unstructured
 from sparse_kernels.topology import Topology
@@ -173,3 +174,18 @@ def test_launchers_refuse_a_broken_index() -> None:
         assert native.block_spmm_t(index, 0, 0, 64, 0, 64, 1, threads, 0) != 0
         assert native.block_sddmm(index, 0, 64, 0, 64, 0, 1, threads, 0) != 0
     assert Unstructured() not in BLOCKS
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activations_of_extreme_inputs(isa: str, activation: str) -> None:
+    topology = Topology.random(32, 32, Block(32, 32), 1)
+    extremes = torch.tensor([-3e38, -1e32, -1e4, -200.0, -89.0, -20.0, -0.0, 0.0, 20.0, 1e4, 3e38])
+    x = torch.zeros(extremes.numel() + 3, 32)
+    x[:, 5] = torch.cat([extremes, torch.tensor([float("inf"), -float("inf"), float("nan")])])
+    identity = torch.zeros(1, 32, 32)
+    identity[0, 5, 5] = 1.0
+    y = ops.linear(x, identity, topology, activation=activation, backend="cpu")[:, 5]
+    name, _, approximation = activation.partition("_")
+    options = {"approximate": approximation or "none"} if name == "gelu" else {}
+    want = getattr(F, name)(x[:, 5], **options)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6, equal_nan=True)

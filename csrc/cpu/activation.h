@@ -30,7 +30,8 @@ SK_INLINE vfloat erfc_positive(vfloat t) {
 template <Activation A>
 SK_INLINE vfloat activate(vfloat x) {
     if constexpr (A == kRelu) return select(x < zero(), zero(), x);  // NaN stays
-    if constexpr (A == kSilu) return x * sigmoid(x);
+    // Our sigmoid ends at 6e-39, which a large x would make visible.
+    if constexpr (A == kSilu) return x * select(x < broadcast(-88.0f), zero(), sigmoid(x));
     if constexpr (A == kGelu) {
         const vfloat t = x * broadcast(0.707106781f);
         const vfloat tail = erfc_positive(select(t < zero(), -t, t));

@@ -92,11 +92,11 @@ def block_scores(dy: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
 def _full(out: int, in_: int, bh: int, bw: int) -> WeightIndex:
     """The index of a weight `[out, in]` whose blocks are all active."""
     rows, cols = -(-out // bh), -(-in_ // bw)
-    slot = torch.arange(rows * cols, dtype=torch.int32)
+    slot = torch.arange(rows * cols, dtype=torch.int32, device="cpu")
     slot_t = slot.view(rows, cols).T.flatten()
     crow, ccol = slot.new_empty(rows + 1), slot.new_empty(cols + 1)
-    torch.arange(0, rows * cols + 1, cols, out=crow)
-    torch.arange(0, rows * cols + 1, rows, out=ccol)
+    torch.arange(0, rows * cols + 1, cols, out=crow, device="cpu")
+    torch.arange(0, rows * cols + 1, rows, out=ccol, device="cpu")
     return WeightIndex(crow, slot % cols, slot, ccol, slot_t // cols, slot_t, (), out, in_, 1, bh, bw)
 
 

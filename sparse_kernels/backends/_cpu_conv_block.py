@@ -111,7 +111,7 @@ def _addressable(x: Tensor) -> Tensor:
     """`x`, or a copy of it where neither its channels nor its columns lie side by side; in bf16 its channels must."""
     if x.dtype == torch.bfloat16:
         return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+    return x if 1 in _side_by_side(x) else x.contiguous()
 
 
 def _output(like: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
@@ -124,9 +124,15 @@ def _typed(launcher: str, x: Tensor) -> str:
 
 
 def _strides(image: Tensor) -> Any:
-    """The `ImageStrides` of csrc/api.h; one channel counts as lying side by side."""
-    n, c, h, w = image.stride()
-    return native().ImageStrides(n, 1 if image.shape[1] == 1 else c, h, w)
+    """The `ImageStrides` of csrc/api.h."""
+    channels, columns = _side_by_side(image)
+    return native().ImageStrides(image.stride(0), channels, image.stride(2), columns)
+
+
+def _side_by_side(image: Tensor) -> tuple[int, int]:
+    """Strides of the channels and of the columns; a single one lies side by side, whatever stride it has."""
+    channels = 1 if image.shape[1] == 1 else image.stride(1)
+    return channels, 1 if image.shape[3] == 1 and channels != 1 else image.stride(3)
 
 
 def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:

@@ -24,8 +24,9 @@ from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
 
-# Of the gradient panel of a convolution in block_scores, at most; its edge-padded copy takes as much again.
-SCORE_PANEL_BYTES = 8 << 20
+# Of the gradient panel of a convolution in block_scores, at most: oneDNN and what calls it hold seven of its size,
+# and the limit is 16 MiB.
+SCORE_PANEL_BYTES = 2 << 20
 
 
 class CpuBackend(Backend):
@@ -113,10 +114,11 @@ class CpuBackend(Backend):
         per_tap = index.cols_per_tap * index.bw
         panel = max(1, SCORE_PANEL_BYTES // (4 * index.taps * per_tap * index.bh))  # row blocks
         scores = x.new_empty(index.row_blocks, index.col_blocks, dtype=torch.float32)
+        x = x.float()  # sums in fp32, as everywhere
         for first in range(0, index.row_blocks, panel):
             last = min(first + panel, index.row_blocks)
             rows = slice(first * index.bh, min(last * index.bh, index.out))
-            grad = _cpu_conv_block.dense_grad(dy[:, rows], x, conv).float()
+            grad = _cpu_conv_block.dense_grad(dy[:, rows].float(), x, conv)
             grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
             missing = (last - first) * index.bh - grad.shape[0]
             if missing or per_tap != index.in_:

@@ -46,7 +46,7 @@ def scatter(values: Tensor, index: WeightIndex, conv: ConvGeometry | None, forma
 
 def gather(weight: Tensor, index: WeightIndex) -> Tensor:
     """The active blocks of what `scatter` returns, or of its gradient: `[nnzb, bh, bw]`, padding zero."""
-    if weight.dim() == 4 and weight.stride(2) != weight.stride(3) * weight.shape[3]:
+    if weight.dim() == 4 and 1 not in weight.shape[2:] and weight.stride(2) != weight.stride(3) * weight.shape[3]:
         weight = weight.contiguous()
     if not _copies_natively(weight):
         return index.gather(_tap_major(weight, index))
@@ -57,7 +57,10 @@ def gather(weight: Tensor, index: WeightIndex) -> Tensor:
 
 def _copy(launcher: str, index: WeightIndex, weight: Tensor, source: Tensor, target: Tensor) -> None:
     lib = _native.native()
-    tap_stride = weight.stride(3) if weight.dim() == 4 else 1
+    if weight.dim() == 2:
+        tap_stride = index.in_  # of its only tap; what a row of taps would have
+    else:
+        tap_stride = weight.stride(3 if weight.shape[3] > 1 else 2)
     layout = lib.DenseLayout(index.taps, weight.stride(0), tap_stride, weight.stride(1))
     threads = torch.get_num_threads()
     where = native_index(index), layout, weight.element_size()

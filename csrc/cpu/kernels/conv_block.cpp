@@ -62,8 +62,9 @@ struct BackwardPlan {
 // A stride leaves dX's gather without some pixels of dY, and so does padding wider than the kernel; other tiles pack dY
 // in strips of other widths.
 static bool backward_fuses(const BlockIndex& w, const ConvShape& c) {
-    return c.stride_h == 1 && c.stride_w == 1 && c.pad_h <= c.dilation_h * (c.kernel_h - 1) &&
-           c.pad_w <= c.dilation_w * (c.kernel_w - 1) && w.bw >= VLEN && w.bh >= 8;
+    return c.height > 0 && c.width > 0 && c.stride_h == 1 && c.stride_w == 1 &&
+           c.pad_h <= c.dilation_h * (c.kernel_h - 1) && c.pad_w <= c.dilation_w * (c.kernel_w - 1) && w.bw >= VLEN &&
+           w.bh >= 8;
 }
 
 static BackwardPlan plan_backward(const BlockIndex& w, const ConvShape& c, int64_t threads, Arena& arena) {
