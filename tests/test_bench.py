@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))  # bench/ is not a part of the installed packages
 
 from bench import __main__ as cli  # noqa: E402
 from bench import compare, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
-from bench.cases import linear  # noqa: E402
-from sparse_kernels import backends  # noqa: E402
+from bench.cases import conv, linear  # noqa: E402
+from sparse_kernels import backends, parse_pattern  # noqa: E402
+from sparse_kernels.topology import Topology  # noqa: E402
 
 VARIANTS = (
     registry.Variant("block:16x16", 0.5, {"D2": 1e-6}),
@@ -215,6 +216,22 @@ def test_allocated_memory_and_the_roofline() -> None:
     assert limit.forbids(4.0, 16.0) == ""
     assert "30 MB at the measured 10 GB/s take 3 ms (ceiling 5.33x)" in limit.forbids(6.0, 16.0)
     assert "0.2 GFLOP at the measured 100 GFLOP/s" in limit.forbids(9.0, 16.0)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4"])
+def test_flops_of_a_convolution_leave_its_padding_out(kernel, pattern) -> None:  # type: ignore[no-untyped-def]
+    n, h, w, out, in_, taps = 2, 3, 4, 6, 5, kernel**2  # a tap of 5x5 sees one row of the three at most
+    generator = torch.Generator().manual_seed(0)
+    topology = Topology.random(out, in_, parse_pattern(pattern), 3 * taps, taps=taps, generator=generator)
+    weight = topology.scatter(torch.ones(topology.nnzb, topology.bh, topology.bw)).view(out, taps, in_)
+    assert conv.tap_nonzeros(topology) == weight.count_nonzero((0, 2)).tolist()
+    # Each product of a present weight and a pixel adds one to the output.
+    kept = conv.kernel_of(weight, topology, kernel)
+    counted = torch.nn.functional.conv2d(torch.ones(n, in_, h, w), kept, padding=kernel // 2).sum()
+    assert conv.products(torch.empty(n, in_, h, w), conv.tap_nonzeros(topology)) == int(counted)
+    if kernel == 1:
+        assert conv.products(torch.empty(7, in_), conv.tap_nonzeros(topology)) == 7 * topology.nnz
 
 
 def test_a_peer_that_computes_wrongly_is_named_and_not_timed(monkeypatch) -> None:  # type: ignore[no-untyped-def]

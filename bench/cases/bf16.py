@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cases.conv import BATCH, SHAPES
+from bench.cases.conv import BATCH, SHAPES, products, tap_nonzeros
 from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
 from sparse_kernels import SparseConv2d, SparseLinear
@@ -36,7 +36,7 @@ def prepare_linear(positions: int, size: int, variants: tuple[Variant, ...]) -> 
         layer = SparseLinear(
             size, size, bias=False, pattern=variant.pattern, sparsity=variant.sparsity, generator=generator
         )
-        return _ours(variant, layer, x, lambda w: F.linear(x.float(), w), positions)
+        return _ours(variant, layer, x, lambda w: F.linear(x.float(), w))
 
     rivals = (Rival("D1", "D1 torch bf16", tuple(dense), "F.linear or oneDNN, the quicker"),)
     return Prepared(dense, rivals, {variant: attempt(partial(ours, variant)) for variant in variants})
@@ -54,7 +54,7 @@ def prepare_conv(channels: int, side: int, kernel: int, variants: tuple[Variant,
             channels, channels, kernel, padding=pad, bias=False,
             pattern=variant.pattern, sparsity=variant.sparsity, generator=generator,
         )  # fmt: skip
-        return _ours(variant, layer, x, lambda w: F.conv2d(x.float(), w, padding=pad), x.numel() // channels)
+        return _ours(variant, layer, x, lambda w: F.conv2d(x.float(), w, padding=pad))
 
     rivals = (Rival("D1", "D1 torch bf16", ("conv",), "oneDNN channels_last"),)
     built = {variant: attempt(partial(ours, variant)) for variant in variants}
@@ -66,9 +66,8 @@ def _ours(
     layer: SparseLinear | SparseConv2d,
     x: Tensor,
     dense: Callable[[Tensor], Tensor],
-    positions: int,
 ) -> Ours:
-    """`dense` computes the forward in fp32 from a dense weight; `positions` are rows of the product."""
+    """`dense` computes the forward in fp32 from a dense weight."""
     native(layer).requires_grad_(False)
 
     def run() -> Tensor:
@@ -85,7 +84,7 @@ def _ours(
         layer.topology.density,
         run,
         check,
-        flops=2.0 * positions * layer.topology.nnz,
+        flops=2.0 * products(x, tap_nonzeros(layer.topology)),
         moved=2.0 * x.nbytes + layer.values.nbytes,
     )
 

@@ -8,6 +8,8 @@ kernels are made for: channels_last for blocks, contiguous for unstructured; bot
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -38,6 +40,31 @@ def kernel_of(weight: Tensor, topology: Topology, side: int) -> Tensor:
 def matrix_of(kernel: Tensor) -> Tensor:
     """A convolution's weight `[out, in, R, S]` as the tap-major matrix `[out, R·S·in]`."""
     return kernel.permute(0, 2, 3, 1).reshape(kernel.shape[0], -1)
+
+
+def products(x: Tensor, nonzeros: Sequence[int]) -> int:
+    """Multiply-adds of one pass of a convolution of stride 1 with a square kernel of odd side k and padding k // 2.
+
+        Σ over taps (r, s) of nonzeros[r·k + s] · n · (h − |r − k//2|) · (w − |s − k//2|)
+
+    What a tap reads of the padding is not counted.
+
+    Args:
+        x: images `[n, c, h, w]`, or the rows `[n, c]` of a linear layer. nonzeros: weights of each of the k² taps.
+    """
+    n, h, w = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else (x.shape[0], 1, 1)
+    side = math.isqrt(len(nonzeros))
+    assert side**2 == len(nonzeros) and side % 2 == 1
+    rows, columns = ([max(0, size - abs(tap - side // 2)) for tap in range(side)] for size in (h, w))
+    return sum(count * n * rows[tap // side] * columns[tap % side] for tap, count in enumerate(nonzeros))
+
+
+def tap_nonzeros(topology: Topology) -> list[int]:
+    """Present weights of each tap."""
+    heights, widths = topology.weight_index().block_areas()
+    rows, cols = topology.coords()
+    counts = torch.zeros(topology.taps, dtype=torch.int64)
+    return counts.index_add_(0, cols // topology.cols_per_tap, (heights[rows] * widths[cols]).long()).tolist()
 
 
 def prepare(channels: int, side: int, kernel: int, with_peers: bool, variants: tuple[Variant, ...]) -> Prepared:
@@ -96,13 +123,12 @@ def sparse_step(variant: Variant, layer: SparseConv2d, x: Tensor, dy: Tensor) ->
         check_close(x.grad, dx, "conv input gradient")
         check_close(layer.values.grad, layer.topology.gather(matrix_of(dw)), "conv weight gradient")
 
-    positions = dy.shape[0] * dy.shape[2] * dy.shape[3]
     return Ours(
         variant,
         layer.topology.density,
         run,
         check,
-        flops=3 * 2.0 * positions * layer.topology.nnz,
+        flops=3 * 2.0 * products(x, tap_nonzeros(layer.topology)),
         # As for linear: x forward and for dW, dx; y, dy once; the values twice and their gradient. Not the gathered x.
         moved=3.0 * x.nbytes + 2 * dy.nbytes + 3 * layer.values.nbytes,
         footprint=2 * x.nbytes + 2 * dy.nbytes + 2 * layer.values.nbytes,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import peers
-from bench.cases.conv import BATCH
+from bench.cases.conv import BATCH, products, tap_nonzeros
 from bench.cases.linear import onednn
 from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
@@ -71,7 +71,6 @@ def _ours(
 ) -> Ours:
     """`named` takes what the peers that do not take part say."""
     native(layer).requires_grad_(False)
-    positions = x.numel() // job.weight.shape[1]
 
     def run() -> Tensor:
         return layer(x)
@@ -86,7 +85,7 @@ def _ours(
         layer.topology.density,
         run,
         check,
-        flops=2.0 * positions * layer.topology.nnz,
+        flops=2.0 * products(x, tap_nonzeros(layer.topology)),
         moved=2.0 * x.nbytes + layer.values.nbytes,
         peers=others,
     )

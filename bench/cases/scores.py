@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.cases.conv import BATCH, SHAPES, matrix_of
+from bench.cases.conv import BATCH, SHAPES, matrix_of, products
 from bench.cases.linear import dense_products, quicker
 from bench.harness import attempt, check_close, native
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, register
@@ -72,6 +72,7 @@ def _ours(variant: Variant, build: Callable[[Variant], Layer], x: Tensor, dy: Te
     if variant.pattern == "unstructured" and x.dim() == 4:
         x, dy = x.contiguous(), dy.contiguous()
     layer.requires_grad_(False)
+    topology = layer.topology
     tap = sparse_weights(layer)[0].open_tap()
     y = layer(x)
 
@@ -79,7 +80,7 @@ def _ours(variant: Variant, build: Callable[[Variant], Layer], x: Tensor, dy: Te
         return torch.autograd.grad(y, tap, dy, retain_graph=True)[0]
 
     def check() -> None:
-        blocks = layer.topology.weight_index().blocks(gradient)
+        blocks = topology.weight_index().blocks(gradient)
         check_close(run(), blocks.square().sum((1, 2)).view_as(tap), "scores")
 
     return Ours(
@@ -87,7 +88,7 @@ def _ours(variant: Variant, build: Callable[[Variant], Layer], x: Tensor, dy: Te
         1.0,  # every block is formed
         run,
         check,
-        flops=2.0 * (dy.numel() // gradient.shape[0]) * gradient.numel(),
+        flops=2.0 * products(x, [topology.out * topology.in_] * topology.taps),
         moved=float(x.nbytes + dy.nbytes + 4 * tap.numel()),
         limit_mib=None if variant.pattern == "unstructured" else LIMIT_MIB,
     )
