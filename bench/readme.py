@@ -61,13 +61,17 @@ TABLES = (("forward + backward, fp32", TRAINING), ("forward, bf16", BF16))
 
 
 def load_rows(folder: Path = RESULTS) -> list[Row]:
-    """The newest committed rows of the machine and instruction set that has most of them."""
+    """The newest committed rows of the machine (CPU, cores, instruction set) that has most of them."""
     rows = list(newest(row for file in sorted(folder.glob("cpu-*.jsonl")) for row in read(file)).values())
-    machines = Counter((row.machine["cpu"], row.machine["isa"]) for row in rows)
+    machines = Counter(_machine(row) for row in rows)
     if not machines:
         return []
-    ((cpu, isa), _), *_ = machines.most_common(1)
-    return [row for row in rows if (row.machine["cpu"], row.machine["isa"]) == (cpu, isa)]
+    (most, _), *_ = machines.most_common(1)
+    return [row for row in rows if _machine(row) == most]
+
+
+def _machine(row: Row) -> tuple[object, ...]:
+    return row.machine["cpu"], row.machine.get("cores"), row.machine["isa"]
 
 
 def section(threads: int = 2, folder: Path = RESULTS) -> str:

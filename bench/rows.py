@@ -27,7 +27,7 @@ from sparsediff.doctor import cpu_name
 RESULTS = Path(__file__).parent / "results"
 
 # What makes two rows measurements of the same thing.
-Key = tuple[str, str, str, float, str, str, str, int, str, str]
+Key = tuple[str, str, str, float, str, str, str, int, str, str, str]
 
 
 @dataclasses.dataclass
@@ -82,12 +82,13 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What was measured and where, without when: rows of one key can be compared. The CPU counts, the commit does
-        not; of a rival that is the faster of several ("D2 packed"), only the part that always stays ("D2")."""
+        """What was measured and where, without when: rows of one key can be compared. The CPU and its cores
+        count, the commit does not; of a rival that is the faster of several ("D2 packed"), only the part that always
+        stays ("D2")."""
         about = self.machine
         return (
             self.case, self.shape, self.pattern, self.sparsity, self.dtype, self.passes, stable_rival(self.rival),
-            self.threads, str(about.get("cpu")), str(about.get("isa")),
+            self.threads, str(about.get("cpu")), str(about.get("cores")), str(about.get("isa")),
         )  # fmt: skip
 
     @property
