@@ -36,15 +36,24 @@ def panel_of(row: Row) -> str:
 
 
 def strongest(rows: Sequence[Row]) -> list[Row]:
-    """Of each measurement the row against its strongest rival, peers left out."""
+    """Of each timed measurement the row against its strongest rival; peers and limits of memory are left out."""
     worst: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        if row.rival.startswith("peer "):
+        if row.rival.startswith("peer ") or row.unit != "ms":
             continue
-        what = (row.case, row.shape, row.pattern, row.sparsity, row.threads, row.dtype, row.passes)
+        where = tuple(str(row.machine.get(name)) for name in ("cpu", "cores", "isa"))
+        what = (row.case, row.shape, row.pattern, row.sparsity, row.threads, row.dtype, row.passes, *where)
         if what not in worst or row.speedup < worst[what].speedup:
             worst[what] = row
     return list(worst.values())
+
+
+def patterns_of(rows: Sequence[Row]) -> list[str]:
+    """The rows' patterns in the order of `STYLES`, those without a style last."""
+    order = list(STYLES)
+    return sorted(
+        {row.pattern for row in rows}, key=lambda name: (order.index(name) if name in order else len(order), name)
+    )
 
 
 def speedup_svg(title: str, rows: Sequence[Row]) -> str:
@@ -57,7 +66,7 @@ def speedup_svg(title: str, rows: Sequence[Row]) -> str:
     axes.plot(line, 1 / (1 - line), color=GREY, linestyle="--", linewidth=1, label="1/(1−S)", zorder=1)
     axes.axhline(1, color="#1d2633", linewidth=0.8, zorder=1)
     axes.axhspan(0.01, 1, color="#e4572e", alpha=0.05, linewidth=0, zorder=0)
-    for pattern in sorted({row.pattern for row in rows}, key=list(STYLES).index):
+    for pattern in patterns_of(rows):
         colour, marker = STYLES.get(pattern, OTHER)
         mine = [row for row in rows if row.pattern == pattern]
         levels = sorted({row.sparsity for row in mine})
@@ -97,7 +106,7 @@ def saved_svg(title: str, rows: Sequence[Row]) -> str:
     axes.axhline(0, color="#1d2633", linewidth=0.8, zorder=1)
     lowest = -0.1 if all(row.speedup >= 0.95 for row in rows) else -1.0
     axes.axhspan(lowest, 0, color="#e4572e", alpha=0.05, linewidth=0, zorder=0)
-    for pattern in sorted({row.pattern for row in rows}, key=list(STYLES).index):
+    for pattern in patterns_of(rows):
         colour, marker = STYLES.get(pattern, OTHER)
         mine = [row for row in rows if row.pattern == pattern]
         saved = [1 - 1 / row.speedup for row in mine]

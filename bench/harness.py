@@ -211,7 +211,8 @@ def _rows(
         yield _row(case, problem, in_mib, bare, label, "limit", allocated, {}, 1.0, ours.note)
     for peer in ours.peers:
         name = f"{variant.name} {PEER}{peer}"
-        best = min(min(samples[way].values()) for rival in prepared.rivals for way in rival.among)
+        ways = {way for rival in prepared.rivals for way in rival.among}
+        best = min(statistics.median(samples[way].values()) for way in ways)
         note = f"the peer is {best / statistics.median(samples[name].values()):.2f}x as fast as dense"
         yield _row(case, problem, prepared, ours, f"{PEER}{peer}", name, samples, memory, None, note)
 

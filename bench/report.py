@@ -244,9 +244,8 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[R
 
 def _gallery(rows: Sequence[Row], draw: Callable[[str, Sequence[Row]], str], *, least_levels: int) -> str:
     """A plot for each case and thread count with at least so many sparsities; only of times."""
-    timed = [row for row in strongest(rows) if row.unit == "ms"]
     figures = []
-    for name, own in sorted(_grouped(timed, lambda row: f"{panel_of(row)}|{row.threads}").items()):
+    for name, own in sorted(_grouped(strongest(rows), lambda row: f"{panel_of(row)}|{row.threads}").items()):
         if len({row.sparsity for row in own}) < least_levels:
             continue
         panel, threads = name.split("|")

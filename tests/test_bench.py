@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not a part of the installed packages
 
 from bench import __main__ as cli  # noqa: E402
-from bench import compare, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
+from bench import compare, figures, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
 from bench.cases import conv, linear  # noqa: E402
 from sparse_kernels import backends, parse_pattern  # noqa: E402
 from sparse_kernels.topology import Topology  # noqa: E402
@@ -175,6 +175,34 @@ def test_report_shows_losses_goals_and_peers(tmp_path) -> None:  # type: ignore[
     assert "SparseProp" in page and "cuSPARSELt" in page
     with pytest.raises(ValueError, match="no rows"):
         report.report_html([])
+
+
+def test_figures_take_patterns_without_a_style() -> None:
+    made = [example(2.0, pattern=pattern) for pattern in ("block:16x1", "unstructured", "block:4x4", "block:32x32")]
+    assert figures.patterns_of(made) == ["block:32x32", "unstructured", "block:16x1", "block:4x4"]
+    for draw in (figures.speedup_svg, figures.saved_svg):
+        assert "<svg" in draw("title", made)
+
+
+def test_rows_of_other_machines_or_of_memory_do_not_compete() -> None:
+    two, four = ({"cpu": "x", "cores": cores, "isa": "avx2", "date": "2026-01-01"} for cores in (2, 4))
+    slow, quick = example(1.5, machine=two), example(2.0, machine=two, rival="D1 F.linear")
+    other = example(0.5, machine=four)
+    memory = example(0.9, machine=two, rival="limit of 16 MiB", unit="MiB")
+    assert figures.strongest([quick, slow, other, memory]) == [slow, other]
+    assert slow.key != other.key and len(rows.newest([slow, other])) == 2
+
+
+def test_a_peer_is_held_against_the_median_of_dense() -> None:
+    variant = registry.Variant("block:16x16", 0.5)
+    samples = {"dense": {0: 1.0, 1: 4.0, 2: 5.0}, variant.name: {0: 1.0, 1: 1.0, 2: 1.0}}
+    samples[f"{variant.name} peer other"] = {0: 2.0, 1: 2.0, 2: 2.0}
+    ours = registry.Ours(variant, 0.5, lambda: None, peers={"other": lambda: None})
+    prepared = registry.Prepared({"dense": lambda: None}, (registry.Rival("D1", "D1", ("dense",)),), {variant: ours})
+    problem = registry.Problem("P", (variant,), lambda variants: prepared)
+    case = registry.Case("made up", "a test", (problem,))
+    _, peer = harness._rows(case, problem, prepared, ours, samples, {})
+    assert peer.note == "the peer is 2.00x as fast as dense"
 
 
 def test_readme_has_the_lines_that_rows_exist_for(tmp_path) -> None:  # type: ignore[no-untyped-def]
