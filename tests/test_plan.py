@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -249,3 +250,56 @@ def test_plans_are_refused_with_the_reason(tmp_path: Path) -> None:
 def test_buckets_are_powers_of_two() -> None:
     assert [measure.bucket(n) for n in (1, 2, 3, 64, 65, 1000.0)] == [1, 2, 4, 64, 128, 1024]
     assert math.log2(measure.bucket(5000)).is_integer()
+
+
+# Models that cannot be planned, or not in every way
+
+
+def normed() -> nn.Sequential:
+    """Trains on no batch of one."""
+    return nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32))
+
+
+def test_auto_observes_in_eval_mode_without_gradients() -> None:
+    seen = []
+    model = normed()
+    model[2].register_forward_pre_hook(lambda module, args: seen.append((module.training, args[0].requires_grad)))
+    plan = sparsify(model, sparsity=0.5, pattern="4x4", plan="auto", example_inputs=torch.randn(1, 32))
+    assert [one.positions for one in plan.layers] == [1, 1] and set(seen) == {(False, False)}
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_observed_holds_no_graph() -> None:
+    model, _ = made()
+    calls = measure.observe(model, images(), training=True)
+    x, h = calls["twice"].args[0], calls["conv"].args[0]
+    assert x.is_leaf and x.requires_grad and not h.requires_grad
+
+
+def test_a_plan_that_fails_leaves_the_model_as_it_was() -> None:
+    model = normed()
+    removed = model[0].register_forward_hook(lambda *_: None)
+    before = list(model)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        sparsify(model, sparsity=0.5, pattern="4x4", plan="measure", example_inputs=torch.randn(1, 32))
+    assert all(a is b for a, b in zip(before, model, strict=True)) and len(model[0]._forward_hooks) == 1
+    removed.remove()
+    assert not model[0]._forward_hooks and all(module.training for module in model.modules())
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+    modules, fused = list(encoder.modules()), encoder[0].activation_relu_or_gelu
+    with pytest.raises(ValueError, match="the plan does not name it"):
+        sparsify(encoder, sparsity=0.5, pattern="4x4", plan=made()[1])
+    assert list(encoder.modules()) == modules and encoder[0].activation_relu_or_gelu == fused != 0
+
+
+def test_a_plan_is_applied_whole_or_not_at_all() -> None:
+    model, plan = made("off")
+    before = {one.layer: one.execution for one in plan.layers}
+    last = dataclasses.replace(plan.layers[-1], execution="abacus")
+    broken = dataclasses.replace(
+        plan, layers=(*(dataclasses.replace(one, execution="reference") for one in plan.layers[:-1]), last)
+    )
+    with pytest.raises(ValueError, match="got 'abacus'"):
+        broken.apply(model)
+    assert {name: model.get_submodule(name).execution for name in before} == before

@@ -46,33 +46,53 @@ class Call:
     uses: float
 
 
-def observe(model: nn.Module, example_inputs: Any) -> dict[str, Call]:
+def observe(model: nn.Module, example_inputs: Any, *, training: bool = False) -> dict[str, Call]:
     """Runs the model once and notes how it calls each sparse layer; a layer that it leaves out is missing.
 
     Args:
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        example_inputs, training: as for `calls_of`.
     """
+    layers = {id(module): path for path, module in model.named_modules() if isinstance(module, SparseLayer)}
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     rows: dict[str, list[float]] = {}
-    handles = []
 
-    def noting(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            first.setdefault(path, (args, kwargs))
-            rows.setdefault(path, []).append(positions_of(module, output))
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        path = layers[id(module)]
+        first.setdefault(path, (tuple(map(_detached, args)), {key: _detached(value) for key, value in kwargs.items()}))
+        rows.setdefault(path, []).append(positions_of(module, output))
 
-        return hook
+    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    calls_of(model, sparse, note, example_inputs, training=training)
+    return {path: Call(*first[path], rows[path][0], sum(rows[path]) / rows[path][0]) for path in first if rows[path][0]}
 
-    for path, module in model.named_modules():
-        if isinstance(module, SparseLayer):
-            handles.append(module.register_forward_hook(noting(path), with_kwargs=True))
+
+def calls_of(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    note: Callable[[nn.Module, Any, Any, Any], None],
+    example_inputs: Any,
+    *,
+    training: bool = False,
+) -> None:
+    """Runs the model once; its modes, its buffers and the random state are put back.
+
+    Args:
+        modules: those whose calls are told to `note(module, args, kwargs, output)`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: in the model's present modes, with gradients where they are enabled; by default in eval mode, without.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
-        with _undisturbed(model):
+        with _undisturbed(model), torch.set_grad_enabled(training and torch.is_grad_enabled()):
+            if not training:
+                model.eval()
             call_model(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: Call(*first[path], rows[path][0], sum(rows[path]) / rows[path][0]) for path in first if rows[path][0]}
+        for module, mode in modes:
+            module.training = mode
 
 
 def positions_of(module: nn.Module, output: Any) -> float:
@@ -209,6 +229,13 @@ def dense_step(twin: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         return twin(x, h0)
 
     return training_step(twin, gru, args, kwargs)
+
+
+def _detached(value: Any) -> Any:
+    """A tensor without the graph that made it, which keeps whether it wants a gradient; anything else as it is."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=_detached(value.data))
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def _like(value: Any) -> Any:

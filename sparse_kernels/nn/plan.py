@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import backends
 from .costs import Times
 from .weights import SparseLayer
 
@@ -153,13 +154,13 @@ class Plan:
     # Application
 
     def apply(self, model: nn.Module) -> None:
-        """Lets every sparse layer of a model run as planned.
+        """Lets every sparse layer of a model run as planned, or leaves them all as they are.
 
         Args:
             model: the one that was planned, or its like: the same layers with as many active blocks.
 
         Raises:
-            ValueError: it has other sparse layers than the plan.
+            ValueError: it has other sparse layers than the plan, or the plan names an unknown backend.
             RuntimeError: a backend of the plan cannot run its layer here, with the reason.
         """
         layers = {path: module for path, module in model.named_modules() if isinstance(module, SparseLayer)}
@@ -176,6 +177,8 @@ class Plan:
                     f"plan: layer {path!r} is {there[0]}, {there[1]} with {there[2]} blocks in the plan and "
                     f"{here[0]}, {here[1]} with {here[2]} in the model; make a plan for this model."
                 )
+            device, dtype = layer._probe().device, layer._probe().dtype
+            backends.require(one.execution, layer.op, pattern=layer.pattern, dtype=dtype, device=device)
         for path, layer in layers.items():
             layer.follow(planned[path].execution, planned[path].reason, planned[path].positions)
 

@@ -41,7 +41,8 @@ def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, exampl
             form of every layer, and the model's own forward and backward, once; `"off"` runs the sparse kernel
             wherever there is one; a `Plan`, from `plan.json` perhaps, is applied as it is.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments of the size that training will
-            have; the model runs on them in its present mode, and keeps its buffers and the random state.
+            have. The model runs on them, in its present mode to be measured and else in eval mode without gradients; it
+            keeps its mode, its buffers and the random state.
 
     Returns:
         The new plan, with the rows of `plan`.
@@ -51,7 +52,9 @@ def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, exampl
         RuntimeError: a Plan names a backend that cannot run here.
     """
     check_mode("replan", mode, example_inputs)
-    calls = {} if example_inputs is None or isinstance(mode, Plan) else measure.observe(model, example_inputs)
+    calls = {}
+    if example_inputs is not None and not isinstance(mode, Plan):
+        calls = measure.observe(model, example_inputs, training=mode == "measure")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SparseLayer)}
     rest_ms = None
     if isinstance(mode, Plan):

@@ -97,7 +97,8 @@ def sparsify(
 
     Raises:
         ValueError: a sparsity that cannot be reached (with the lowest reachable total), an unknown option or excluded
-            name, a model that holds nothing to cut, or that is itself one of these layers.
+            name, a model that holds nothing to cut, or that is itself one of these layers, or a Plan of another model.
+        RuntimeError: a Plan names a backend that cannot run here. Whatever is raised, the model is as it was.
     """
     block = parse_pattern(pattern)
     if allocations.check_sparsity(sparsity, "sparsify") >= 1.0:
@@ -132,17 +133,24 @@ def sparsify(
     places = _places(model)
     rows: list[PlanRow] = []
     replaced: dict[int, SparseLayer] = {}
-    for item in found:
-        module = item.module
-        if id(module) not in replaced and any(owner == id(module) for owner, _ in share):
-            layer = _twin(module, block, share, init=init, generator=generator, rescale=rescale)
-            _put(layer, module, places[id(module)])
-            replaced[id(module)] = layer
-        rows.append(_row(item, replaced.get(id(module)), positions.get(id(module))))
-    if replaced:
-        _unfuse(model)
-    fresh = Plan(tuple(rows), str(block), allocation, float(sparsity))
-    return replan(model, fresh, plan, example_inputs=example_inputs)
+    try:
+        for item in found:
+            module = item.module
+            if id(module) not in replaced and any(owner == id(module) for owner, _ in share):
+                layer = _twin(module, block, share, init=init, generator=generator, rescale=rescale)
+                _put(layer, module, places[id(module)])
+                replaced[id(module)] = layer
+            rows.append(_row(item, replaced.get(id(module)), positions.get(id(module))))
+        if replaced:
+            _unfuse(model)
+        fresh = Plan(tuple(rows), str(block), allocation, float(sparsity))
+        return replan(model, fresh, plan, example_inputs=example_inputs)
+    except BaseException:  # an interrupted measurement too leaves the model as it was
+        for item in found:
+            if id(item.module) in replaced:
+                _put(item.module, replaced[id(item.module)], places[id(item.module)])
+        _fuse_again(model)
+        raise
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -161,9 +169,7 @@ def densify(model: nn.Module) -> nn.Module:
         if isinstance(module, SparseLayer):
             dense: nn.Module = module.to_dense()
             _put(dense, module, places[id(module)])
-    for module in model.modules():
-        for attribute, value in module.__dict__.pop(_FUSED_BEFORE, {}).items():
-            setattr(module, attribute, value)
+    _fuse_again(model)
     return model
 
 
@@ -218,6 +224,14 @@ def _unfuse(model: nn.Module) -> None:
             )
             if holds_sparse and hasattr(module, attribute) and _FUSED_BEFORE not in module.__dict__:
                 module.__dict__[_FUSED_BEFORE] = {attribute: getattr(module, attribute)}
+                setattr(module, attribute, value)
+
+
+def _fuse_again(model: nn.Module) -> None:
+    """Undoes `_unfuse` where no sparse layer is left."""
+    for module in model.modules():
+        if _FUSED_BEFORE in module.__dict__ and not any(isinstance(child, SparseLayer) for child in module.modules()):
+            for attribute, value in module.__dict__.pop(_FUSED_BEFORE).items():
                 setattr(module, attribute, value)
 
 

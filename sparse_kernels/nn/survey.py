@@ -7,14 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..allocation import WeightShape
 from ..patterns import Block
 from .conv import why_not_conv
-from .measure import call_model, positions_of
+from .measure import calls_of, positions_of
 from .weights import SparseLayer
 
 Exclude = str | type[nn.Module] | nn.Module
@@ -220,25 +219,13 @@ def count_positions(model: nn.Module, modules: Iterable[nn.Module], example_inpu
 
     Args:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. The model runs once, in eval
-            mode, without gradients; its modes and the random state are put back.
+            mode, without gradients; its modes, its buffers and the random state are put back.
     """
-    counts: dict[int, float] = {}
+    modules = list(modules)
+    counts = {id(module): 0.0 for module in modules}
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
-        counts[id(module)] = counts.get(id(module), 0.0) + positions_of(module, output)
+    def note(module: nn.Module, _: Any, __: Any, output: Any) -> None:
+        counts[id(module)] += positions_of(module, output)
 
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
-    for module in modules:
-        counts[id(module)] = 0.0
-        handles.append(module.register_forward_hook(hook))
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            call_model(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+    calls_of(model, modules, note, example_inputs)
     return counts
