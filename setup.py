@@ -81,7 +81,7 @@ def manifest(target: Path) -> str:
     import pybind11
 
     cxx, nvcc, extra = find_cxx(), find_nvcc(), os.environ.get("SPARSE_KERNELS_FLAGS", "")
-    openmp = "-fopenmp" if run(*cxx.split(), "-fopenmp", "-xc++", "-fsyntax-only", "-").returncode == 0 else ""
+    openmp = "" if run(*f"{cxx} -fopenmp -includeomp.h -xc++ -fsyntax-only -".split()).returncode else "-fopenmp"
     includes = " ".join(f"-isystem '{d}'" for d in (sysconfig.get_path("include"), pybind11.get_include()))
     shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     host = f"-fPIC -fvisibility=hidden -Wall -Wextra {openmp or '-Wno-unknown-pragmas'} {extra}"
