@@ -111,8 +111,18 @@ def measure_problem(
     rows: list[Row] = []
     if ours:
         budget = problem.seconds if seconds is None else seconds
-        samples = _samples(prepared, ours, budget, fewest, most)
-        memory = _memory(prepared, ours) if problem.timed else {}
+        try:
+            samples = _samples(prepared, ours, budget, fewest, most)
+        # A call that fails among the rounds leaves none of them whole; other problems and thread counts go on.
+        except Exception as error:
+            failures["as a whole"] = f"not timed: {type(error).__name__}: {error}"
+            return Outcome([], failures, prepared.named)
+        try:
+            memory = _memory(prepared, ours) if problem.timed else {}
+        # The times are there and stand without it.
+        except Exception as error:
+            failures["allocated memory"] = f"not measured: {type(error).__name__}: {error}"
+            memory = {}
         for one in ours.values():
             rows += _rows(case, problem, prepared, one, samples, memory)
     return Outcome(rows, failures, prepared.named)
@@ -203,7 +213,7 @@ def _rows(
         goal = _goal(case, variant, rival.key)
         note = "; ".join(text for text in (rival.note, ours.note) if text)
         yield _row(case, problem, prepared, ours, rival.label.format(name), name, samples, memory, goal, note)
-    if ours.limit_mib is not None:
+    if ours.limit_mib is not None and variant.name in memory:
         allocated = {variant.name: {0: memory[variant.name]}, "limit": {0: ours.limit_mib}}
         bare = dataclasses.replace(ours, flops=None, moved=None)
         in_mib = dataclasses.replace(prepared, unit="MiB")
@@ -218,10 +228,11 @@ def _rows(
 
 
 def _goal(case: Case, variant: Variant, key: str) -> float | None:
-    goal = variant.goals.get(key)
-    if goal is None or machine()["isa"] == "avx512":
+    """What is asked with the instruction set in use; nothing of the portable kernels."""
+    goal, isa = variant.goals.get(key), machine()["isa"]
+    if goal is None or isa == "avx512":
         return goal
-    return None if case.without_avx512 is None else goal * case.without_avx512
+    return None if case.without_avx512 is None or isa != "avx2" else goal * case.without_avx512
 
 
 def _row(

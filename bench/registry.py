@@ -122,7 +122,7 @@ class Case:
 
     Args:
         name: on the command line. about: one line. problems: in the order of their rows.
-        without_avx512: what remains of the goals with less than AVX-512; None: no goal there.
+        without_avx512: what remains of the goals with AVX2; None: no goal there. The portable kernels have none.
         row_name: as rows show it; default: `name`.
         keeps_freed_memory: measured with glibc keeping freed memory, as `sparsediff train` does, on both sides. That
             lasts as long as the process, so such cases come last.

@@ -18,6 +18,7 @@ import torch
 from bench import registry
 from bench.harness import measure_problem
 from bench.rows import Row, table
+from sparsediff.allocator import keep_freed_memory
 
 pytest.importorskip("pytest_benchmark", reason="pytest bench/ needs pytest-benchmark: pip install '.[bench]'")
 
@@ -50,6 +51,8 @@ def _time(benchmark: Any, case: registry.Case, problem: registry.Problem, run: C
 
 
 def test_dense(benchmark: Any, case: registry.Case, problem: registry.Problem) -> None:
+    if case.keeps_freed_memory:
+        keep_freed_memory()  # as for ours, whose test may come first
     prepared = problem.prepare(())
     _time(benchmark, case, problem, prepared.dense[prepared.rivals[0].among[0]])
 

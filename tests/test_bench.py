@@ -160,6 +160,28 @@ def test_compare_flags_what_lies_beyond_noise(tmp_path, capsys) -> None:  # type
             cli.main(["compare", nonsense, str(two)])
 
 
+def test_compare_tells_the_rival_from_ours() -> None:
+    def timed(ours: float, rival: float) -> rows.Row:
+        spans = {f"{side}_p{share}": ms * (1 + sign * 0.01) for side, ms in (("ours", ours), ("rival", rival))
+                 for share, sign in ((20, -1), (80, 1))}  # fmt: skip
+        return example(rival / ours, 0.02, ours_ms=ours, rival_ms=rival, **spans)
+
+    before = timed(1.0, 2.0)
+    for after, kind in (
+        (timed(1.0, 1.6), "rival changed"),
+        (timed(0.9, 1.4), "rival changed"),  # ours did not become slower
+        (timed(1.2, 2.0), "regression"),
+        (timed(1.2, 1.6), "regression"),
+        (timed(1.2, 2.4), ""),  # all of the machine
+        (timed(0.8, 2.0), "improvement"),
+        (timed(1.0, 2.5), "rival changed"),
+    ):
+        assert compare.Change(before, after).kind == kind, after
+    # A wide span of ratios hides what our own time says.
+    wide = dataclasses.replace(timed(1.2, 2.0), speedup_p80=2.1)
+    assert compare.Change(before, wide).kind == "regression"
+
+
 def test_report_shows_losses_goals_and_peers(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "rows.jsonl"
     made = [
@@ -191,6 +213,66 @@ def test_rows_of_other_machines_or_of_memory_do_not_compete() -> None:
     memory = example(0.9, machine=two, rival="limit of 16 MiB", unit="MiB")
     assert figures.strongest([quick, slow, other, memory]) == [slow, other]
     assert slow.key != other.key and len(rows.newest([slow, other])) == 2
+
+
+def made_up(name: str, **changes: object) -> registry.Case:
+    """A case of one problem with one variant, which does nothing; `changes` are fields of its `Prepared`."""
+    variant = registry.Variant("block:16x16", 0.5)
+    ours = registry.Ours(variant, 0.5, lambda: None)
+    rivals = (registry.Rival("D1", "D1", ("dense",)),)
+    prepared = registry.Prepared({"dense": lambda: None}, rivals, {variant: ours})
+    prepared = dataclasses.replace(prepared, **changes)  # type: ignore[arg-type]
+    return registry.Case(name, "a test", (registry.Problem("P", (variant,), lambda variants: prepared),))
+
+
+def broken(*arguments: object) -> registry.Samples:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize("changes", [{"dense": {"dense": broken}}, {"measure": broken}], ids=["dense", "measure"])
+def test_a_call_that_fails_while_timed_ends_its_problem_alone(changes, capsys) -> None:  # type: ignore[no-untyped-def]
+    registry.all_cases()
+    cases = [made_up("tiny1", **changes), made_up("tiny2")]
+    for case in cases:
+        registry.register(case)
+    try:
+        assert cli.main(["run", "tiny1", "tiny2", "--threads", "1", "--seconds", "0.01", "--out", os.devnull]) == 1
+    finally:
+        for case in cases:
+            del registry._CASES[case.name]
+    text = capsys.readouterr().out
+    assert "FAILED tiny1/P as a whole, 1 thread(s): not timed: MemoryError: no room" in text
+    assert re.search(r"^tiny2 +P ", text, re.M)
+
+
+def test_memory_that_cannot_be_measured_leaves_the_times(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(harness, "allocated_mib", broken)
+    case = made_up("made up")
+    outcome = harness.measure_problem(case, case.problems[0], seconds=0.01)
+    assert [row.ours_mib for row in outcome.rows] == [None]
+    assert outcome.failures == {"allocated memory": "not measured: MemoryError: no room"}
+
+
+@pytest.mark.parametrize(("isa", "goal"), [("avx512", 4.0), ("avx2", 2.0), ("portable", None)])
+def test_goals_depend_on_the_instruction_set(isa, goal, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(harness, "machine", lambda: {"isa": isa})
+    case = dataclasses.replace(made_up("made up"), without_avx512=0.5)
+    assert harness._goal(case, registry.Variant("block:16x16", 0.5, {"D1": 4.0}), "D1") == goal
+    if isa != "avx512":
+        assert harness._goal(made_up("made up"), registry.Variant("block:16x16", 0.5, {"D1": 4.0}), "D1") is None
+
+
+def test_pytest_times_dense_with_freed_memory_kept(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("pytest_benchmark")
+    from bench import test_cases
+
+    kept: list[bool] = []
+    monkeypatch.setattr(test_cases, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(test_cases, "_time", lambda *arguments: None)
+    for keeps in (False, True):
+        case = dataclasses.replace(made_up("made up"), keeps_freed_memory=keeps)
+        test_cases.test_dense(None, case, case.problems[0])
+        assert kept == [True] * keeps
 
 
 def test_a_peer_is_held_against_the_median_of_dense() -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.harness import check_close
+from bench.harness import attempt, check_close
 from bench.models import ResNet18, unet
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
 from sparse_kernels import Plan, densify, sparsify
@@ -64,8 +65,8 @@ def prepare_with(
         dense = Training(model.to(memory_format=torch.channels_last), inputs, target)  # type: ignore[call-overload]
         dense.step()
         dense_ms = dense.optimizer_ms()
-        ours: dict[Variant, Ours | Exception] = {}
-        for variant in variants:
+
+        def ours(variant: Variant) -> Ours:
             sparse = copy.deepcopy(model)
             plan = sparsify(
                 sparse,
@@ -76,8 +77,12 @@ def prepare_with(
                 plan="measure",
                 example_inputs=inputs,
             )
-            ours[variant] = built(variant, Training(sparse, inputs, target), plan, dense_ms)
-        return Prepared({"dense": dense.step}, (Rival("dense", "dense twin", ("dense",)),), ours)
+            return built(variant, Training(sparse, inputs, target), plan, dense_ms)
+
+        rivals = (Rival("dense", "dense twin", ("dense",)),)
+        return Prepared(
+            {"dense": dense.step}, rivals, {variant: attempt(partial(ours, variant)) for variant in variants}
+        )
 
     return prepare
 

@@ -7,9 +7,11 @@ more, 1.65 times density for unstructured.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 
+from bench.harness import attempt
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Samples, Variant, register
 from sparsediff.accounting import training_bytes
 from sparsediff.presets import PRESETS
@@ -30,14 +32,16 @@ def prepare(variants: tuple[Variant, ...]) -> Prepared:
 
     whole, dense = measured(method="dense")
     samples: Samples = {"dense": {0: sum(dense.values()) / 1024}}
-    ours: dict[Variant, Ours | Exception] = {}
-    for variant in variants:
+
+    def build(variant: Variant) -> Ours:
         stored, sparse = measured(method="rigl", pattern=variant.pattern, sparsity=variant.sparsity)
         density = stored / whole
         samples[variant.name] = {0: sum(sparse.values()) / 1024}
         limit = 1.65 if variant.pattern == "unstructured" else 1.1
         asked = dataclasses.replace(variant, goals={"dense": round(1 / (density * limit), 3)})
-        ours[variant] = Ours(asked, density, extra=dict(sparse))
+        return Ours(asked, density, extra=dict(sparse))
+
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     return Prepared({}, (Rival("dense", "dense", ("dense",)),), ours, lambda seconds: samples, unit="KiB")
 
 

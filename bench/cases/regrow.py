@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.harness import attempt
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Samples, Variant, register
 from sparsediff.presets import PRESETS
 from sparsediff.train import Run, load_data
@@ -51,10 +52,12 @@ def prepare(method: str, drop: float, variants: tuple[Variant, ...]) -> Prepared
         PRESETS["chirodiff-kanjivg"], threads=torch.get_num_threads(), limit=1000, method=method, every=2, drop=drop
     )
     data = load_data(settings)
-    runs = {
-        variant: Run(dataclasses.replace(settings, pattern=variant.pattern, sparsity=variant.sparsity), data)
-        for variant in variants
-    }
+    runs: dict[Variant, Run] = {}
+
+    def build(variant: Variant) -> Ours:
+        run = Run(dataclasses.replace(settings, pattern=variant.pattern, sparsity=variant.sparsity), data)
+        runs[variant] = run
+        return Ours(variant, density_of(run))
 
     def measure(seconds: float) -> Samples:
         samples: Samples = {}
@@ -64,7 +67,7 @@ def prepare(method: str, drop: float, variants: tuple[Variant, ...]) -> Prepared
             samples[f"{variant.name} step"] = dict(enumerate(step_ms))
         return samples
 
-    ours = {variant: Ours(variant, density_of(run)) for variant, run in runs.items()}
+    ours = {variant: attempt(partial(build, variant)) for variant in variants}
     return Prepared({}, (Rival("step", "one training step", ("step",)),), ours, measure)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from bench.harness import attempt
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
 from sparsediff.presets import PRESETS, TrainConfig
 from sparsediff.train import Run, StrokeData, load_data
@@ -44,25 +46,27 @@ def prepare(variants: tuple[Variant, ...]) -> Prepared:
         form: stepper(dataclasses.replace(settings, method="dense", gru_form=form), data)[1]
         for form in ("packed", "padded")
     }
-    ours: dict[Variant, Ours | Exception] = {}
-    for variant in variants:
+
+    def ours(variant: Variant) -> Ours:
         config = dataclasses.replace(settings, method="rigl", pattern=variant.pattern, sparsity=variant.sparsity)
         run, step = stepper(config, data)
         assert run.plan is not None
 
-        def check(run: Run = run, step: Callable[[], None] = step) -> None:
+        def check() -> None:
             step()
             if not math.isfinite(run.mean_loss()):
                 raise Wrong(f"the loss of a training step is {run.mean_loss()}")
 
-        ours[variant] = Ours(
+        return Ours(
             variant,
             1 - run.plan["sparsity"],
             step,
             check,
             extra={"parameters": sum(p.numel() for p in run.parameters)},
         )
-    return Prepared(dense, (Rival("dense", "dense {}", ("packed", "padded")),), ours)
+
+    rivals = (Rival("dense", "dense {}", ("packed", "padded")),)
+    return Prepared(dense, rivals, {variant: attempt(partial(ours, variant)) for variant in variants})
 
 
 VARIANTS = tuple(
