@@ -129,12 +129,38 @@ def test_a_layer_alone_follows_the_table(slow_kernels: CostTable) -> None:
 def test_a_plan_holds_until_the_layer_moves(slow_kernels: CostTable) -> None:
     layer = SparseLinear(64, 64, pattern="16x16", sparsity=0.25)
     layer.follow("cpu", "")
-    assert layer.execution == "cpu"
+    assert layer.execution == "cpu" and layer.execution_reason == "sparse kernel"
     layer.load_state_dict(copy.deepcopy(layer.state_dict()))
     assert layer.execution == "cpu"
     assert layer.double().execution == "densified" and layer.float().execution == "densified"
     with pytest.raises(RuntimeError, match="cannot run this"):
         layer.double().follow("cpu", "")
+    layer.float().follow("cpu", "")
+    assigned = {name: t.double() if t.is_floating_point() else t for name, t in layer.state_dict().items()}
+    layer.load_state_dict(assigned, assign=True)
+    assert layer.execution == "densified"
+    assert layer(torch.randn(3, 64, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_layer_says_where_nobody_measured(slow_kernels: CostTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = made()
+    assert model.gru.execution_reason == "sparse kernel; gru in float32 was not measured"
+    alone = SparseLinear(64, 64, pattern="16x16", sparsity=0.25, dtype=torch.bfloat16)
+    assert alone.execution_reason == "sparse kernel; linear in bfloat16 was not measured"
+    assert {row.reason for row in plan if row.layer.startswith("gru.")} == {model.gru.execution_reason}
+    monkeypatch.setattr(costs, "_load", lambda kind: None)
+    plan = replan(model, plan, "auto")
+    kind = costs.machine_kind(torch.device("cpu"))
+    assert {one.reason for one in plan.layers} == {f"sparse kernel; no cost table for {kind}"}
+    assert SparseLinear(64, 64, pattern="16x16", sparsity=0.25).execution_reason == plan.layers[0].reason
+    assert {one.reason for one in replan(model, plan, "off").layers} == {""}
+
+
+def test_autocast_is_planned_in_the_dtype_that_the_op_computes_in() -> None:
+    model, _ = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.twice.work().dtype == torch.bfloat16 and model.gru.work().dtype == torch.float32
+    assert model.twice.work().dtype == torch.float32
 
 
 # Plans of models
@@ -233,6 +259,8 @@ def test_plans_are_refused_with_the_reason(tmp_path: Path) -> None:
         plan.apply(other)
     with pytest.raises(ValueError, match="plan must be one of auto, measure, off"):
         made("fastest")
+    with pytest.raises(ValueError, match="plan must be one of auto, measure, off, or a Plan; got None"):
+        made(None)
     with pytest.raises(ValueError, match="'measure' needs example_inputs"):
         made("measure")
     (tmp_path / "old.json").write_text('{"format": 0}')
@@ -291,6 +319,15 @@ def test_a_plan_that_fails_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="the plan does not name it"):
         sparsify(encoder, sparsity=0.5, pattern="4x4", plan=made()[1])
     assert list(encoder.modules()) == modules and encoder[0].activation_relu_or_gelu == fused != 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_model_that_wants_no_gradient_is_measured_forward(frozen: bool) -> None:
+    model, fresh = made()
+    model.requires_grad_(not frozen)
+    with torch.set_grad_enabled(frozen):
+        plan = replan(model, fresh, "measure", example_inputs=images())
+    assert plan.rest_ms >= 0 and all(one.times.sparse > 0 for one in plan.layers)
 
 
 def test_a_plan_is_applied_whole_or_not_at_all() -> None:

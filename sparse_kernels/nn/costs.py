@@ -173,6 +173,13 @@ def cost_table(device: torch.device) -> CostTable | None:
     return None if kind is None else _load(kind)
 
 
+def why_no_times(work: Work, device: torch.device) -> str:
+    """Why nothing is predicted for this work: no table for this kind of machine, or none of its rows."""
+    if cost_table(device) is None:
+        return f"no cost table for {machine_kind(device) or device.type}"
+    return f"{work.op} in {str(work.dtype).removeprefix('torch.')} was not measured"
+
+
 @functools.cache
 def _load(kind: str) -> CostTable | None:
     path = resources.files(__package__) / "cost_tables" / f"{kind}.json"

@@ -162,11 +162,14 @@ def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Time
 
 
 def model_ms(model: nn.Module, example_inputs: Any, *, rounds: int = ROUNDS) -> float:
-    """Milliseconds of the model's forward and backward, to the gradients of its parameters, as its layers now run."""
+    """Milliseconds of the model's forward and backward, to the gradients of its parameters, as its layers now run; of
+    the forward alone where nothing wants a gradient."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
         outputs = [y for y in _tensors(call_model(model, example_inputs)) if y.requires_grad]
+        if not outputs or not parameters:
+            return
         loss = torch.stack([y.float().square().mean() for y in outputs]).sum()
         torch.autograd.grad(loss, parameters, allow_unused=True)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import backends
 from . import measure
-from .costs import Times, cost_table, decide
+from .costs import Times, cost_table, decide, why_no_times
 from .measure import Call
 from .plan import LayerPlan, Plan, PlanRow, active_blocks
 from .weights import ASKED_FOR, SPARSE_KERNEL, SparseLayer
@@ -21,7 +21,7 @@ MODES = ("auto", "measure", "off")
 
 def check_mode(where: str, mode: str | Plan, example_inputs: Any) -> None:
     """Raises ValueError for an unknown way to plan, and where measuring lacks its inputs."""
-    if isinstance(mode, str) and mode not in MODES:
+    if not isinstance(mode, Plan) and mode not in MODES:
         raise ValueError(f"{where}: plan must be one of {', '.join(MODES)}, or a Plan; got {mode!r}.")
     if mode == "measure" and example_inputs is None:
         raise ValueError(f"{where}: plan='measure' needs example_inputs, a batch as the model's forward takes it.")
@@ -108,9 +108,14 @@ def _decided(path: str, layer: SparseLayer, mode: str, call: Call | None, times:
     table = cost_table(probe.device)
     if not reason and mode == "measure" and times is not None:
         name, reason = decide(times, name, "measured")
-    elif not reason and table is not None:
-        predicted = table.predict(dataclasses.replace(layer.work(), positions=positions or layer.work().positions))
-        if predicted is not None:
+    elif not reason:
+        work = layer.work()
+        work = dataclasses.replace(work, positions=positions or work.positions)
+        predicted = None if table is None else table.predict(work)
+        if table is None or predicted is None:
+            if mode != "off":
+                reason = f"{SPARSE_KERNEL}; {why_no_times(work, probe.device)}"
+        else:
             times = predicted.scaled(call.uses) if call is not None else None
             if mode != "off":
                 name, reason = decide(predicted, name, f"cost table {table.kind}")

@@ -38,7 +38,7 @@ class SparseLayer(nn.Module):
         self._requested = AUTO
         self._execution = ""
         self._why = ""
-        self._planned: tuple[str, str] | None = None
+        self._planned: tuple[str, str, torch.dtype, torch.device] | None = None
         self._positions: float | None = None
         self._taps: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_after_load)
@@ -80,14 +80,16 @@ class SparseLayer(nn.Module):
         """Runs as a plan says until the layer moves to another dtype or device; then `"auto"` chooses again.
 
         Args:
-            execution: a backend's name. reason: what `execution_reason` answers. positions: rows of the product, as
-                far as the plan knows.
+            execution: a backend's name. reason: what `execution_reason` answers; `"sparse kernel"` if empty.
+            positions: rows of the product, as far as the plan knows.
 
         Raises:
             ValueError: for an unknown name. RuntimeError: where that backend cannot run this layer.
         """
         self.execution = execution
-        self._requested, self._planned, self._positions = AUTO, (execution, reason), positions
+        probe = self._probe()
+        planned = execution, reason or SPARSE_KERNEL, probe.dtype, probe.device
+        self._requested, self._planned, self._positions = AUTO, planned, positions
         self._resolve()
 
     def expect(self, positions: float) -> None:
@@ -96,11 +98,14 @@ class SparseLayer(nn.Module):
         self._resolve()
 
     def work(self) -> costs.Work:
-        """What decides this layer's times; inside `torch.autocast` in that dtype."""
+        """What decides this layer's times; inside `torch.autocast` in the dtype that the op then computes in."""
         probe = self._probe()
         dtype, kind = probe.dtype, probe.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            backend, _ = backends.choose(self.op, pattern=self.pattern, dtype=dtype, device=probe.device)
             dtype = torch.get_autocast_dtype(kind)
+            if backends.why_not(backend, self.op, pattern=self.pattern, dtype=dtype, device=probe.device):
+                dtype = torch.float32
         sizes = [(topology.numel, topology.nnz, topology.taps) for _, _, topology in self.sparse_items()]
         dense = self._dense_elements()
         numel, nnz = (dense + sum(size[k] for size in sizes) for k in (0, 1))
@@ -114,8 +119,8 @@ class SparseLayer(nn.Module):
 
     @property
     def execution_reason(self) -> str:
-        """Why that backend: `"sparse kernel"`, `"asked for"`, how much faster the dense library is, or what each sparse
-        backend does not serve."""
+        """Why that backend: `"sparse kernel"` (and what is missing, where nobody measured how fast it is here),
+        `"asked for"`, how much faster the dense library is, or what each sparse backend does not serve."""
         return self._why
 
     def _probe(self) -> Tensor:
@@ -125,8 +130,10 @@ class SparseLayer(nn.Module):
     def _resolve(self, loaded: bool = True) -> None:
         """Settles the backend, and gives its index buffers to the topologies where these have their content."""
         probe = self._probe()
+        if self._planned is not None and self._planned[2:] != (probe.dtype, probe.device):
+            self._planned = None
         if self._planned is not None:
-            self._execution, self._why = self._planned
+            self._execution, self._why = self._planned[:2]
         elif self._requested == AUTO:
             self._execution, self._why = self._choose(probe)
         else:
@@ -142,11 +149,13 @@ class SparseLayer(nn.Module):
 
     def _choose(self, probe: Tensor) -> tuple[str, str]:
         name, why = backends.choose(self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
-        table = costs.cost_table(probe.device)
-        if why != SPARSE_KERNEL or table is None:
+        if why != SPARSE_KERNEL:
             return name, why
-        times = table.predict(self.work())
-        execution, reason = (name, "") if times is None else costs.decide(times, name, f"cost table {table.kind}")
+        work, table = self.work(), costs.cost_table(probe.device)
+        times = None if table is None else table.predict(work)
+        if table is None or times is None:
+            return name, f"{SPARSE_KERNEL}; {costs.why_no_times(work, probe.device)}"
+        execution, reason = costs.decide(times, name, f"cost table {table.kind}")
         return execution, reason or SPARSE_KERNEL
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
@@ -155,7 +164,6 @@ class SparseLayer(nn.Module):
         super()._apply(fn, recurse)
         now = self._probe()
         if (now.device, now.dtype) != (device, dtype):
-            self._planned = None
             self._resolve(loaded=device.type != "meta")
         return self
 
