@@ -256,7 +256,7 @@ def _row(
     limit = limits(ours.flops, ours.moved, footprint=ours.footprint, dtype=problem.dtype)
     ceilings = [rival_ms / least if least else None for least in (limit.compute_ms, limit.memory_ms)]
     met = None if goal is None else speedup >= goal
-    return Row(
+    row = Row(
         case=case.row_name or case.name,
         shape=problem.name,
         pattern=variant.pattern,
@@ -276,7 +276,7 @@ def _row(
         goal=goal,
         met=met,
         note=note,
-        extra=ours.extra,
+        extra=dict(ours.extra),
         unit=prepared.unit,
         dtype=problem.dtype,
         passes=problem.passes,
@@ -296,6 +296,10 @@ def _row(
         rival_mib=_rounded(memory.get(rival), 2),
         machine=machine(),
     )
+    if row.prediction_error is not None:
+        row.extra["prediction_error"] = round(row.prediction_error, 4)
+        row.note = "; ".join(text for text in (row.prediction, note) if text)
+    return row
 
 
 def _percentile(values: list[float], share: float) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench import peers
 from bench.figures import day, panel_of, saved_svg, speedup_svg, strongest
-from bench.rows import Row, newest, or_dash, read
+from bench.rows import PREDICTION_GOAL, Row, newest, or_dash, read
 from sparsediff.files import write_atomically
 
 PEER = "peer "
@@ -107,6 +107,7 @@ def machine_html(rows: Sequence[Row]) -> list[str]:
         _gallery(rows, saved_svg, least_levels=2),
         "<h3>Goals</h3>",
         goals_html(rows),
+        predictions_html(rows),
         "<h3>All rows</h3>",
         "<p class='fine'>Times are medians of interleaved rounds; the span is the 20th to the 80th percentile of the "
         "rounds' ratios. Efficiency is density times speedup. GF/s and GB/s count the nonzeros' operations and the "
@@ -136,6 +137,18 @@ def goals_html(rows: Sequence[Row]) -> str:
     return (
         f"{text}<details><summary>Goals that were not met <span>{len(unmet)}</span></summary>"
         f"{_table(unmet, GOAL_COLUMNS)}</details>"
+    )
+
+
+def predictions_html(rows: Sequence[Row]) -> str:
+    """How far measured speedups lie from the predicted ones, and the goal; empty where nothing was predicted."""
+    predicted = [row for row in rows if row.prediction]
+    if not predicted:
+        return ""
+    close = sum(abs(row.prediction_error or 0.0) <= PREDICTION_GOAL for row in predicted)
+    return (
+        f"<details><summary>Predicted speedups <span>{close} of {len(predicted)} within {PREDICTION_GOAL:.0%}"
+        f"</span></summary>{_table(predicted, PREDICTION_COLUMNS)}</details>"
     )
 
 
@@ -214,6 +227,15 @@ GOAL_COLUMNS: tuple[Column, ...] = (
     ("ceiling", lambda r: "–" if r.roofline is None else f"{r.roofline:.1f}x"),
     ("", _verdict),
     ("arithmetic", lambda r: html.escape(r.forbidden)),
+)
+
+PREDICTION_COLUMNS: tuple[Column, ...] = (
+    ("what", lambda r: html.escape(f"{panel_of(r)}: {r.shape}")),
+    ("pattern", lambda r: html.escape(r.pattern)),
+    ("S", lambda r: f"{r.sparsity:g}"),
+    ("threads", lambda r: str(r.threads)),
+    ("speedup", _speedup),
+    ("prediction", lambda r: html.escape(r.prediction)),
 )
 
 PEER_COLUMNS: tuple[Column, ...] = (

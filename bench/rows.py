@@ -25,6 +25,7 @@ from sparse_kernels import _native
 from sparsediff.doctor import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
+PREDICTION_GOAL = 0.15  # how far a measured speedup may lie from the predicted one
 
 # What makes two rows measurements of the same thing.
 Key = tuple[str, str, str, float, str, str, str, int, str, str, str]
@@ -97,6 +98,23 @@ class Row:
         if self.met is None:
             return ""
         return "met" if self.met else ("forbidden" if self.forbidden else "MISSED")
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Measured over predicted speedup, less one; None where nothing was predicted."""
+        predicted = self.extra.get("predicted")
+        return self.speedup / predicted - 1 if predicted else None
+
+    @property
+    def prediction(self) -> str:
+        """The prediction beside what was measured and its goal, in words; empty where nothing was predicted."""
+        error = self.prediction_error
+        if error is None:
+            return ""
+        verdict = "met" if abs(error) <= PREDICTION_GOAL else "MISSED"
+        return (
+            f"predicted {self.extra['predicted']:.2f}x, off by {error:+.1%} (at most {PREDICTION_GOAL:.0%}: {verdict})"
+        )
 
 
 def stable_rival(rival: str) -> str:
@@ -193,7 +211,7 @@ _COLUMNS = ("case", "shape", "pattern", "S", "density", "thr", "rival", "ours", 
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as aligned text, the arithmetic of forbidden goals beneath."""
+    """The rows as aligned text, the arithmetic of forbidden goals and what was predicted beneath."""
     rows = list(rows)
     lines = [_COLUMNS]
     for r in rows:
@@ -223,6 +241,7 @@ def table(rows: Iterable[Row]) -> str:
     widths = [max(len(line[k]) for line in lines) for k in range(len(_COLUMNS))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     text += [f"  forbidden: {r.shape} {r.pattern} S={r.sparsity:g}: {r.forbidden}" for r in rows if r.forbidden]
+    text += [f"  {r.shape} {r.pattern} S={r.sparsity:g}: {r.prediction}" for r in rows if r.prediction]
     return "\n".join(text)
 
 

@@ -253,6 +253,23 @@ def test_memory_that_cannot_be_measured_leaves_the_times(monkeypatch) -> None:  
     assert outcome.failures == {"allocated memory": "not measured: MemoryError: no room"}
 
 
+@pytest.mark.parametrize(("predicted", "verdict"), [(1.1, "met"), (1.3, "MISSED")])
+def test_predictions_stand_beside_what_was_measured(predicted, verdict) -> None:  # type: ignore[no-untyped-def]
+    case = made_up("made up")
+    (problem,) = case.problems
+    prepared = problem.prepare(problem.variants)
+    (ours,) = prepared.ours.values()
+    ours = dataclasses.replace(ours, extra={"predicted": predicted, "flop_bound": 4.0}, note="other")
+    samples = {"dense": {0: 1.0}, ours.variant.name: {0: 1.0}}
+    (row,) = harness._rows(case, problem, prepared, ours, samples, {})
+    assert row.extra["prediction_error"] == pytest.approx(1 / predicted - 1, abs=1e-4)
+    assert row.note == f"{row.prediction}; other" and f"(at most 15%: {verdict})" in row.note
+    assert row.prediction in rows.table([row])
+    assert f"{int(verdict == 'met')} of 1 within 15%" in report.report_html([row])
+    assert figures.flops_saved(row) == 0.75 and figures.flops_saved(example(2.0)) == 0.5
+    assert example(2.0, extra={"predicted": None}).prediction == ""  # without measured times, as in old rows
+
+
 @pytest.mark.parametrize(("isa", "goal"), [("avx512", 4.0), ("avx2", 2.0), ("portable", None)])
 def test_goals_depend_on_the_instruction_set(isa, goal, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(harness, "machine", lambda: {"isa": isa})

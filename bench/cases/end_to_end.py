@@ -1,7 +1,8 @@
 """Whole models trained on the CPU, sparse against their dense twins: forward, loss, backward, AdamW.
 
 Nothing but `sparsify(model, …, plan="measure")` makes them sparse. Dense is the same model, both in channels_last. A
-row's note holds the speedup that the plan predicted before any step was timed, and what the model's FLOPs would allow.
+row's note holds the speedup that the plan predicted before any step was timed, how far the measured one lies from it,
+and what the model's FLOPs would allow.
 """
 
 from __future__ import annotations
@@ -106,8 +107,6 @@ def built(variant: Variant, training: Training, plan: Plan, dense_ms: float) -> 
     executions = [one.execution for one in plan.layers]
     counted = {name: executions.count(name) for name in sorted(set(executions))}
     note = f"FLOP bound {plan.flop_bound:.2f}x; layers: " + ", ".join(f"{n} {name}" for name, n in counted.items())
-    if predicted is not None:
-        note = f"predicted {predicted:.2f}x; {note}"
     extra = {"predicted": predicted, "flop_bound": plan.flop_bound, "layers": counted, "rest_ms": plan.rest_ms}
     return Ours(variant, 1 - plan.sparsity, training.step, check, extra=extra, note=note)
 
