@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,11 +35,11 @@ OPS = ("linear", "conv", "gru")
 DTYPES = ("float32", "bfloat16")
 
 
-def restrict(isa: str) -> None:
-    """Starts this command again with the libraries restricted, which read their environment once."""
+def restrict(isa: str, arguments: Sequence[str]) -> None:
+    """Starts this command again with its arguments and the libraries restricted, which read their environment once."""
     wanted = {"SPARSE_KERNELS_ISA": isa, **DENSE_ISA[isa]}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench.costs", *sys.argv[1:]], {**os.environ, **wanted})
+        os.execve(sys.executable, [sys.executable, "-m", "bench.costs", *arguments], {**os.environ, **wanted})
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,22 @@ def measure_case(case: Case, dtype: Any) -> Iterator[dict[str, Any]]:
         }
 
 
+def group_of(row: Mapping[str, Any]) -> str:
+    """What is measured at once, and replaced at once: op, dtype and thread count."""
+    return f"{row['op']} {row['dtype']} {row['threads']}"
+
+
+def measured(
+    before: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], anew: Collection[str], about: Mapping[str, Any]
+) -> dict[str, dict[str, str]]:
+    """Commit and date of each group of `rows`: of `about` for those in `anew`, else as the file said `before`."""
+    old = before.get("measured", {})
+    sources = {
+        group: about if group in anew else old.get(group, before.get("machine", {})) for group in map(group_of, rows)
+    }
+    return {group: {name: str(of.get(name)) for name in ("commit", "date")} for group, of in sources.items()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.costs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -162,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
     options = parser.parse_args(arguments)
     if options.isa:
-        restrict(options.isa)
+        restrict(options.isa, sys.argv[1:] if arguments is None else arguments)
 
     import torch
 
@@ -173,13 +189,9 @@ def main(arguments: list[str] | None = None) -> int:
     if kind is None:
         parser.error("the native kernels are not built; there is nothing to measure")
     path = options.out or Path(costs.__file__).parent / "cost_tables" / f"{kind}.json"
-    rows = []
-    if path.is_file():
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        anew = options.ops, options.threads, options.dtypes
-        rows = [
-            r for r in rows if not all(r[k] in new for k, new in zip(("op", "threads", "dtype"), anew, strict=True))
-        ]
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+    anew = {f"{op} {dtype} {count}" for op in options.ops for dtype in options.dtypes for count in options.threads}
+    rows = [row for row in before["rows"] if group_of(row) not in anew]
     start = time.perf_counter()
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -191,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{threads} thread(s), {case.op} {case.name}, {dtype}: up to {best:.1f}x, "
                       f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     rows.sort(key=lambda row: OPS.index(row["op"]))
-    head = json.dumps({"kind": kind, "machine": machine()}, indent=1)[:-2]
+    about = machine()
+    head = json.dumps({"kind": kind, "machine": about, "measured": measured(before, rows, anew, about)}, indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # one row a line, for readable differences
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
