@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not a part of the installed packages
 
 from bench import __main__ as cli  # noqa: E402
-from bench import compare, figures, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
+from bench import compare, costs, figures, harness, peers, readme, registry, report, roofline, rows  # noqa: E402
 from bench.cases import conv, linear  # noqa: E402
 from sparse_kernels import backends, parse_pattern  # noqa: E402
 from sparse_kernels.topology import Topology  # noqa: E402
@@ -268,6 +268,30 @@ def test_predictions_stand_beside_what_was_measured(predicted, verdict) -> None:
     assert f"{int(verdict == 'met')} of 1 within 15%" in report.report_html([row])
     assert figures.flops_saved(row) == 0.75 and figures.flops_saved(example(2.0)) == 0.5
     assert example(2.0, extra={"predicted": None}).prediction == ""  # without measured times, as in old rows
+
+
+def test_cost_rows_keep_the_commit_that_measured_them() -> None:
+    rows_ = [{"op": op, "dtype": "float32", "threads": 1} for op in ("linear", "conv", "gru")]
+    before = {"machine": {"commit": "a", "date": "1"}, "measured": {"conv float32 1": {"commit": "b", "date": "2"}}}
+    stamps = costs.measured(before, rows_, {"gru float32 1"}, {"commit": "c", "date": "3", "cpu": "x"})
+    assert {group: stamp["commit"] + stamp["date"] for group, stamp in stamps.items()} == {
+        "linear float32 1": "a1", "conv float32 1": "b2", "gru float32 1": "c3",
+    }  # fmt: skip
+
+
+def test_restricted_costs_start_again_with_the_given_arguments(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    started: list[list[str]] = []
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        assert environment["SPARSE_KERNELS_ISA"] == "portable" and environment["ONEDNN_MAX_CPU_ISA"] == "SSE41"
+        started.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", execve)
+    arguments = ["--isa", "portable", "--ops", "linear"]
+    with pytest.raises(SystemExit):
+        costs.main(arguments)
+    assert [command[-4:] for command in started] == [arguments]
 
 
 @pytest.mark.parametrize(("isa", "goal"), [("avx512", 4.0), ("avx2", 2.0), ("portable", None)])

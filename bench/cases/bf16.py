@@ -1,7 +1,7 @@
 """bf16, forward: `SparseLinear` and `SparseConv2d` with fp32 master values, activations in bf16, against torch in bf16.
 
-The rival is `F.linear` or channels_last `F.conv2d` with weights that are in bf16 already, the quicker of plain and
-(for linear) prepacked oneDNN; ours reads its fp32 masters and converts them within the timed call.
+The rival is `F.linear` or channels_last `F.conv2d` with weights that are in bf16 already, for linear the quicker of
+that and oneDNN; ours reads its fp32 masters and converts them within the timed call.
 """
 
 from __future__ import annotations

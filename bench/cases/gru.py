@@ -98,6 +98,9 @@ def _check(layer: SparseGRU, x: Tensor, lengths: Tensor, dy: Tensor, sparse: Cal
             grad = topologies[name].gather(grad)
         assert weight.grad is not None
         check_close(weight.grad, grad, f"gru gradient of {name}", 1e-3)
+    for name, bias in layer.biases.items():
+        assert bias.grad is not None
+        check_close(bias.grad, getattr(twin, name).grad, f"gru gradient of {name}", 1e-3)
 
 
 VARIANTS = tuple(
