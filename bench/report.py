@@ -170,10 +170,10 @@ def peers_html(rows: Sequence[Row]) -> str:
 
 METHOD = """<h2>How it is measured</h2>
 <p>Before anything is timed, the result and every gradient of a layer are compared with the dense computation, of a
-whole model the output and that it trains, of peers what they compute; a wrong variant has no row. Dense, ours and
-peers run in turn in one process on the same random data, each round in another order; a speedup is the median of the
-ratios within rounds. A forward and backward pass includes everything a training step needs: packing, index reads,
-autograd.</p>
+whole model the output, the sparse weights' gradients and that it trains, of peers what they compute; a wrong variant
+has no row. Dense, ours and peers run in turn in one process on the same random data, each round in another order; a
+speedup is the median of the ratios within rounds. A forward and backward pass includes everything a training step
+needs: packing, index reads, autograd.</p>
 <pre>python -m bench run                every case at one and two threads
 python -m bench run 'conv/3x3*'    one of them
 python -m bench compare A B        two commits side by side

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.cases.conv import matrix_of
 from bench.harness import attempt, check_close
 from bench.models import ResNet18, unet
 from bench.registry import Case, Ours, Prepared, Problem, Rival, Variant, Wrong, register
 from sparse_kernels import Plan, densify, sparsify
 from sparse_kernels.nn.measure import timed
+from sparse_kernels.nn.weights import sparse_weights
 
 Inputs = tuple[Tensor, ...]
 
@@ -94,9 +96,10 @@ def built(variant: Variant, training: Training, plan: Plan, dense_ms: float) -> 
     def check() -> None:
         training.model.eval()
         twin = densify(copy.deepcopy(training.model))
+        dense = Training(twin, training.inputs, training.target)
         with torch.no_grad():
-            expected = Training(twin, training.inputs, training.target).output()
-            check_close(training.output(), expected, "the model's output", tolerance=1e-3)
+            check_close(training.output(), dense.output(), "the model's output", tolerance=1e-3)
+        check_gradients(training, dense)
         training.model.train()
         losses = [float(training.step()) for _ in range(4)]
         if not losses[-1] < losses[0]:
@@ -109,6 +112,20 @@ def built(variant: Variant, training: Training, plan: Plan, dense_ms: float) -> 
     note = f"FLOP bound {plan.flop_bound:.2f}x; layers: " + ", ".join(f"{n} {name}" for name, n in counted.items())
     extra = {"predicted": predicted, "flop_bound": plan.flop_bound, "layers": counted, "rest_ms": plan.rest_ms}
     return Ours(variant, 1 - plan.sparsity, training.step, check, extra=extra, note=note)
+
+
+def check_gradients(sparse: Training, dense: Training) -> None:
+    """Holds the gradient of every sparse weight of linear layers and convolutions against the dense twin's."""
+    for one in (sparse, dense):
+        one.model.zero_grad()
+        one.loss().backward()
+    for weight in sparse_weights(sparse.model):
+        if weight.key == "values":
+            grad = dense.model.get_parameter(f"{weight.name}.weight").grad
+            assert grad is not None and weight.values.grad is not None
+            expected = weight.topology.gather(matrix_of(grad) if grad.dim() == 4 else grad)
+            # Rounding through a whole model, whose activations may even pass a kink.
+            check_close(weight.values.grad, expected, f"the gradient of {weight.name}", tolerance=1e-2)
 
 
 def resnet() -> tuple[nn.Module, Inputs, Tensor]:
