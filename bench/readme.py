@@ -37,7 +37,7 @@ TRAINING = (
     Line("conv", "3x3 N=4 C=672 16x16", "block:32x32", CONV, "`SparseConv2d` 3x3, 672 channels, 16x16, Block 32"),
     Line("conv", "1x1 N=4 C=448 32x32", "block:32x32", CONV, "`SparseConv2d` 1x1, 448 channels, 32x32, Block 32"),
     Line("linear", "P=4096 K=1024", "block:32x32", "D2",
-         "`SparseLinear` 1024→1024, 4096 rows, Block 32, vs oneDNN"),
+         "`SparseLinear` 1024→1024, 4096 rows, Block 32, vs the best dense"),
     Line("linear", "P=4096 K=1024", "block:16x16", "D2", "the same, Block 16"),
     Line("linear", "P=1024 K=1024", "unstructured", "D1 F.linear",
          "the same, 1024 rows, unstructured, against `F.linear`"),
@@ -49,6 +49,9 @@ TRAINING = (
     Line("chirodiff step", "kanjivg B=128", "unstructured", "dense", "the same, unstructured"),
     Line("memory (KiB)", "kanjivg", "block:16x16", "dense",
          "its parameters, gradients, AdamW, EMA, index (memory)"),
+    Line("end_to_end", "ResNet-18 32x32 N=16", "block:32x32", "dense", "ResNet-18 32x32 training step, Block 32"),
+    Line("end_to_end", "UNet2D 224-448-672-896 64x64 N=1", "block:32x32", "dense",
+         "UNet2D 224-448-672-896 64x64 training step, Block 32"),
 )  # fmt: skip
 BF16 = (
     Line("bf16", "linear P=4096 K=1024", "block:32x32", "D1 torch bf16",

@@ -336,13 +336,17 @@ def test_readme_has_the_lines_that_rows_exist_for(tmp_path) -> None:  # type: ig
             ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.5, 2.04, "avx512"),
             ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.9, 7.96, "avx512"),
             ("bf16", "linear P=4096 K=1024", "D1 torch bf16", 0.75, 3.5, "avx512"),
+            ("end_to_end", "ResNet-18 32x32 N=16", "dense twin", 0.75, 1.7, "avx512"),
+            ("end_to_end", "UNet2D 224-448-672-896 64x64 N=1", "dense twin", 0.75, 1.9, "avx512"),
             ("conv", "3x3 N=4 C=224 64x64", "D1 oneDNN channels_last", 0.5, 1.0, "avx2"),
         )
     ]  # fmt: skip
     rows.write(made, tmp_path / "cpu-x.jsonl")
     text = readme.section(folder=tmp_path)
-    lines = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [line.split(" | ", 1)[1] for line in lines] == ["– | 2.0x | – | 8.0x |", "– | – | 3.5x | – |"]
+    lines = [line for line in text.splitlines() if line.startswith(("| `", "| ResNet", "| UNet"))]
+    assert [line.split(" | ", 1)[1] for line in lines] == [
+        "– | 2.0x | – | 8.0x |", "– | – | 1.7x | – |", "– | – | 1.9x | – |", "– | – | 3.5x | – |",
+    ]  # fmt: skip
     assert "forward, bf16" in text and "Median speedup over dense on x, 2 threads, avx512, torch 2." in text
     with pytest.raises(SystemExit, match="no row of any line"):
         readme.section(folder=tmp_path / "none")
