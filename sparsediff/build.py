@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -169,7 +170,7 @@ class Sampleable:
 
 
 def load_model(path: Path, *, weights: str = "ema", device: str = "cpu") -> Sampleable:
-    """The model of a checkpoint, or of a run's newest one.
+    """The model of a checkpoint, or of a run's newest one; its layers run by the checkpoint's plan where they can here.
 
     Args:
         path: a checkpoint or a run's folder.
@@ -186,7 +187,13 @@ def load_model(path: Path, *, weights: str = "ema", device: str = "cpu") -> Samp
     config = TrainConfig(**{key: value for key, value in saved.state["config"].items() if key in names})
     model = rebuild_model(config, {**saved.model, **saved.ema} if weights == "ema" else saved.model)
     lengths = LengthDistribution(saved.state["lengths"])
-    return Sampleable(model.to(device_of(device)).eval(), build_diffusion(config), lengths, config, saved.step)
+    model.to(device_of(device)).eval()
+    plan = None if saved.state.get("plan") is None else Plan.from_json(saved.state["plan"])
+    if plan is not None and plan.device == next(model.parameters()).device.type:
+        # RuntimeError: a backend of the run's machine is missing on this one, where the layers choose for themselves.
+        with contextlib.suppress(RuntimeError):
+            plan.apply(model)
+    return Sampleable(model, build_diffusion(config), lengths, config, saved.step)
 
 
 def draw(

@@ -228,6 +228,15 @@ def test_layers_of_one_kind_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert extra == pytest.approx((72 + plan.rest_ms) / (18 + plan.rest_ms))
 
 
+def test_layers_that_differ_in_bias_training_or_arguments_are_of_two_kinds() -> None:
+    def kind(bias: bool = True, frozen: bool = False, **kwargs: object) -> tuple[object, ...]:
+        layer = SparseLinear(32, 32, bias, pattern="4x4", sparsity=0.5).requires_grad_(not frozen)
+        return measure.kind_of(layer, measure.Call((torch.zeros(8, 32),), kwargs, 8.0, 1.0))
+
+    kinds = [kind(), kind(bias=False), kind(frozen=True), kind(lengths=torch.ones(8))]
+    assert len(set(kinds)) == 4 and kind() == kinds[0]
+
+
 def test_a_plan_file_gives_the_same_bits(tmp_path: Path, slow_kernels: CostTable) -> None:
     model, plan = made("measure", example_inputs=images())
     path = plan.save(tmp_path / "deep" / "plan.json")

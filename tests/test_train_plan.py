@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny_run import configured, drawings
 
+from sparse_kernels import backends
 from sparse_kernels.nn import Plan
 from sparsediff import checkpoint, cli
+from sparsediff.build import load_model
 from sparsediff.train import Run, describe, start
 
 SPARSE = {"method": "static", "max_steps": 3, "save_every": 1}
@@ -35,6 +37,26 @@ def test_a_measured_plan_is_written_and_resumed(tmp_path: Path) -> None:
     assert executions(Plan.from_json(run.plan)) == {k: other[v] for k, v in executions(plan).items()}
     for name, execution in executions(Plan.from_json(run.plan)).items():
         assert run.model.get_submodule(name).execution == run.ema.model.get_submodule(name).execution == execution
+
+
+def test_sampling_follows_the_plan_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start(configured(tmp_path, **SPARSE), drawings()) == 0
+    saved = checkpoint.load(tmp_path)
+    monkeypatch.setattr(checkpoint, "load", lambda _: saved)
+    ran = executions(Plan.from_json(saved.state["plan"]))
+
+    def loaded() -> dict[str, str]:
+        model = load_model(tmp_path).model
+        return {name: model.get_submodule(name).execution for name in ran}
+
+    for one in saved.state["plan"]["layers"]:
+        one["execution"] = "reference"
+    assert set(loaded().values()) == {"reference"}
+    monkeypatch.setattr(type(backends.get("reference")), "why_unavailable", lambda _: "not built here")
+    backends.require.cache_clear()
+    assert "reference" not in loaded().values()
+    monkeypatch.undo()
+    backends.require.cache_clear()
 
 
 def test_a_plan_file_repeats_a_run_to_the_bit(tmp_path: Path) -> None:

@@ -126,7 +126,11 @@ def kind_of(layer: SparseLayer, call: Call) -> tuple[Any, ...]:
     x = call.args[0].data if isinstance(call.args[0], PackedSequence) else call.args[0]
     order = tuple(sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d], d)))
     further = [getattr(layer, name, None) for name in ("_geometry", "activation")]
-    return (layer.op, str(layer.pattern), *items, *further, bucket(call.positions), order, x.dtype, x.requires_grad)
+    trained = tuple((name, parameter.requires_grad) for name, parameter in layer.named_parameters())
+    given = [*enumerate(call.args[1:]), *sorted(call.kwargs.items())]
+    others = tuple((key, type(v), getattr(v, "dtype", None), getattr(v, "requires_grad", None)) for key, v in given)
+    same = (layer.op, str(layer.pattern), *items, *further, trained, layer.training)
+    return (*same, bucket(call.positions), order, x.dtype, x.requires_grad, others)
 
 
 def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times | None:
