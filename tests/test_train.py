@@ -111,6 +111,15 @@ def test_signals_save_and_leave(tmp_path: Path, number: signal.Signals, monkeypa
 
 
 def test_a_second_interrupt_is_not_swallowed() -> None:
+    # A shell's background job is born with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice() -> None:
     with pytest.raises(KeyboardInterrupt), interruption() as received:
         os.kill(os.getpid(), signal.SIGINT)
         assert received == [signal.SIGINT]
