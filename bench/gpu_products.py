@@ -1,0 +1,203 @@
+"""One product of a sparse layer on a GPU beside the dense library's: the forward, a gradient, or the growth scores.
+
+    forward            Y = gather(X) · Wᵀ          input gradient     dX = scatter(dY · W)
+    weight gradient    dW = dYᵀ · gather(X)        scores             ‖dW of every block‖²
+
+Both sides compute in bf16 from bf16 operands, weights included, at the level of a kernel call: what autograd and a
+layer add is a matter of whole steps. Every call reads other activations than the one before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.cases.conv import matrix_of, products, tap_nonzeros
+from bench.harness import attempt, check_close
+from bench.registry import Ours, Prepared, Rival, Variant
+from sparse_kernels import backends, parse_pattern
+from sparse_kernels.backends.registry import Backend, ConvGeometry
+from sparse_kernels.topology import Topology
+
+FORWARD, INPUT, WEIGHT, SCORES = PASSES = ("forward", "input gradient", "weight gradient", "scores")
+ROTATED_BYTES = 2 * 60 * 2**20  # twice an H200's L2 cache
+MOST_SETS = 8
+TOLERANCE = 1e-2  # of the largest element: operands are bf16 on both sides, sums fp32
+LIMIT_MIB = 16.0  # of the scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is multiplied.
+
+    Args:
+        batch, channels, side: of a square image, in and out; of a linear layer `batch` rows and side 1.
+        kernel: side of a convolution's, stride 1 and half of it as padding; 0 for a linear layer.
+        passes: one of `PASSES`.
+    """
+
+    batch: int
+    channels: int
+    side: int
+    kernel: int
+    passes: str
+
+    @property
+    def conv(self) -> ConvGeometry | None:
+        if not self.kernel:
+            return None
+        return ConvGeometry((self.kernel, self.kernel), padding=(self.kernel // 2, self.kernel // 2))
+
+    def activations(self, device: str, generator: torch.Generator) -> Tensor:
+        """Random bf16 `[batch, channels]`, or `[batch, channels, side, side]` channels_last."""
+        shape = (self.batch, self.channels) + ((self.side, self.side) if self.kernel else ())
+        made = torch.randn(shape, generator=generator, device=device).bfloat16()
+        return made.contiguous(memory_format=torch.channels_last) if self.kernel else made
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """Rotated activations and what is multiplied with them."""
+
+    product: Product
+    x: Sequence[Tensor]
+    dy: Sequence[Tensor]
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`(x, dy)`, endlessly."""
+        return itertools.cycle(zip(self.x, self.dy, strict=True))
+
+
+def prepare(product: Product, backend: str, variants: tuple[Variant, ...], *, device: str = "cuda") -> Prepared:
+    """Builds a product for some variants.
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("no GPU: torch.cuda.is_available() is False; GPU cases need an NVIDIA GPU and its driver.")
+    generator = torch.Generator(device).manual_seed(0)
+    first = product.activations(device, generator)
+    sets = max(2, min(MOST_SETS, -(-ROTATED_BYTES // (2 * first.nbytes)))) if device == "cuda" else 2
+    x, dy = ([product.activations(device, generator) for _ in range(sets)] for _ in range(2))
+    operands = Operands(product, x, dy)
+    dense = _dense(operands, generator)
+    label = "cuDNN channels_last" if product.kernel else "cuBLAS"
+    name = "dW" if product.passes == SCORES else label
+    ours = {
+        variant: attempt(partial(_ours, operands, backends.get(backend), variant, generator)) for variant in variants
+    }
+    return Prepared({name: dense}, (Rival("D1", f"D1 {name}", (name,), label),), ours, device=device, calls=sets)
+
+
+def _dense(operands: Operands, generator: torch.Generator) -> Callable[[], Tensor]:
+    """The dense library on the rotated operands; the weight gradient where scores are asked for."""
+    product, pairs = operands.product, operands.pairs()
+    first, side = operands.x[0], product.kernel
+    shape = (product.channels, product.channels) + ((side, side) if side else ())
+    weight = torch.randn(shape, generator=generator, device=first.device).bfloat16()
+    which = FORWARD if product.passes == FORWARD else INPUT if product.passes == INPUT else WEIGHT
+    if not side:
+
+        def multiply() -> Tensor:
+            x, dy = next(pairs)
+            return x @ weight.T if which == FORWARD else dy @ weight if which == INPUT else dy.T @ x
+
+        return multiply
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    pad = [side // 2, side // 2]
+    mask = [which == INPUT, which == WEIGHT, False]
+
+    def convolve() -> Tensor:
+        x, dy = next(pairs)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            if which == FORWARD:
+                return F.conv2d(x, weight, padding=side // 2)
+            given = ([1, 1], pad, [1, 1], False, [0, 0], 1)
+            grads = torch.ops.aten.convolution_backward(dy, x, weight, None, *given, mask)
+            return grads[0] if which == INPUT else grads[1]
+
+    return convolve
+
+
+def _ours(operands: Operands, backend: Backend, variant: Variant, generator: torch.Generator) -> Ours:
+    product, device = operands.product, operands.x[0].device
+    pattern = parse_pattern(variant.pattern)
+    op = "conv" if product.kernel else "linear"
+    reason = backend.why_unavailable() or backend.why_unsupported(
+        op, pattern=pattern, dtype=torch.bfloat16, device=device
+    )
+    if reason is not None:
+        raise RuntimeError(f"backend {backend.name!r} cannot run this: {reason}")
+    side = max(1, product.kernel)
+    rows, columns = pattern.grid(product.channels, product.channels)
+    nnzb = round((1 - variant.sparsity) * rows * side**2 * columns)
+    topology = Topology.random(
+        product.channels, product.channels, pattern, nnzb, taps=side**2, generator=generator, device=device
+    )
+    if (deriver := backend.deriver(op, pattern)) is not None:
+        topology.attach(deriver)
+    values = torch.randn(topology.nnzb, pattern.bh, pattern.bw, generator=generator, device=device)
+    values = topology.gather(topology.scatter(values / (product.channels * side**2) ** 0.5)).bfloat16()
+    index = topology.weight_index(backend.name)
+    conv, pairs = product.conv, operands.pairs()
+
+    def run() -> Tensor:
+        x, dy = next(pairs)
+        if product.passes == FORWARD:
+            return backend.spmm(x, values, index, None, conv)
+        if product.passes == INPUT:
+            return backend.spmm_t(dy, values, index, conv, x if product.kernel else None)
+        if product.passes == WEIGHT:
+            return backend.sddmm(dy, x, index, conv)
+        return backend.block_scores(dy, x, index, conv)
+
+    def check() -> None:
+        nonlocal pairs
+        pairs = operands.pairs()
+        made = run()
+        pairs = operands.pairs()
+        check_close(
+            made, _expected(product, topology, values, operands.x[0], operands.dy[0]), product.passes, TOLERANCE
+        )
+
+    scores = product.passes == SCORES
+    nonzeros = [topology.out * topology.in_] * topology.taps if scores else tap_nonzeros(topology)
+    weights = 4 * topology.row_blocks * topology.col_blocks if scores else values.nbytes
+    return Ours(
+        variant,
+        1.0 if scores else topology.density,
+        run,
+        check,
+        flops=2.0 * products(operands.x[0], nonzeros),
+        moved=float(2 * operands.x[0].nbytes + (2 * weights if product.passes == WEIGHT else weights)),
+        limit_mib=LIMIT_MIB if scores else None,
+        extra={"backend": backend.name},
+    )
+
+
+def _expected(product: Product, topology: Topology, values: Tensor, x: Tensor, dy: Tensor) -> Tensor:
+    """The result in fp32 of the same bf16 operands, by the dense library."""
+    x, dy = x.float().requires_grad_(), dy.float()
+    matrix = topology.scatter(values.float()).detach()
+    side = product.kernel
+    shape = (topology.out, side, side, topology.in_)
+    weight = (matrix.view(shape).permute(0, 3, 1, 2) if side else matrix).contiguous().requires_grad_()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        y = F.conv2d(x, weight, padding=side // 2) if side else F.linear(x, weight)
+        if product.passes == FORWARD:
+            return y.detach()
+        (gradient,) = torch.autograd.grad(y, x if product.passes == INPUT else weight, dy)
+    if product.passes == INPUT:
+        return gradient
+    gradient = matrix_of(gradient) if side else gradient
+    if product.passes == WEIGHT:
+        return topology.gather(gradient)
+    blocks = topology.weight_index().blocks(gradient)
+    return blocks.square().sum((1, 2)).view(topology.row_blocks, topology.col_blocks)
