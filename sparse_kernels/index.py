@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .patterns import Block
+from .patterns import Block, block
 
 INDEX_TENSORS = 6
 
@@ -49,7 +49,12 @@ class WeightIndex:
 
     @property
     def pattern(self) -> Block:
-        return Block(self.bh, self.bw)
+        return block(self.bh, self.bw)
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether every block is a weight on its own."""
+        return self.bh == self.bw == 1
 
     @property
     def row_blocks(self) -> int:

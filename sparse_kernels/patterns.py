@@ -8,6 +8,7 @@ one weight. A rule that fixes a count *inside* a group (N:M) is a `Pattern` too:
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ class Block(Pattern):
 
     def __str__(self) -> str:
         return "unstructured" if self.area == 1 else f"block:{self.bh}x{self.bw}"
+
+
+@functools.cache
+def block(bh: int, bw: int) -> Block:
+    """`Block(bh, bw)` from a table: an op asks for its pattern at every call."""
+    return Block(bh, bw)
 
 
 def Unstructured() -> Block:

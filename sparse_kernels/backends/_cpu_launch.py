@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,16 @@ def launch(launcher: str, sizes: Sequence[Any], *arguments: Any) -> None:
     Raises:
         RuntimeError: where the launcher refuses arguments that the op above should have refused.
     """
-    lib, threads = native(), torch.get_num_threads()
-    space = workspace(getattr(lib, f"{launcher}_workspace_bytes")(*sizes, threads))
-    check(getattr(lib, launcher)(*map(_native_argument, arguments), threads, space.data_ptr()), launcher)
+    (run, workspace_bytes), threads = _launcher(launcher), torch.get_num_threads()
+    space = workspace(workspace_bytes(*sizes, threads))
+    addresses = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in arguments]
+    check(run(*addresses, threads, space.data_ptr()), launcher)
+
+
+@functools.cache
+def _launcher(name: str) -> tuple[Any, Any]:
+    """The launcher of that name and what says how much scratch it wants."""
+    return getattr(native(), name), getattr(native(), f"{name}_workspace_bytes")
 
 
 def workspace(size_bytes: int) -> Tensor:
@@ -60,9 +68,3 @@ def check(status: int, launcher: str) -> None:
     """
     if status != 0:
         raise RuntimeError(f"{launcher}: the native launcher returned status {status} (see Status in csrc/api.h).")
-
-
-def _native_argument(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return 0 if argument is None else argument

@@ -108,7 +108,7 @@ class CpuBackend(Backend):
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         if conv is None:
             return _cpu_block.block_scores(dy, x, index)
-        if index.pattern == Unstructured():
+        if index.unstructured:
             return _cpu_conv_unstructured.block_scores(dy.float(), x.float(), index, conv)
         # Every block is wanted, so the dense library's gradients of row panels are the fastest kernel there is.
         per_tap = index.cols_per_tap * index.bw
@@ -140,7 +140,7 @@ class CpuBackend(Backend):
             grads = self.product_backward(dy.float(), x.float(), _rounded(values), index, needs, conv)
             return grads if grads.x is None else grads._replace(x=grads.x.to(x.dtype))
         need_x, need_values, need_bias, need_scores = needs
-        if conv is not None and index.pattern != Unstructured() and need_x and need_values:
+        if conv is not None and not index.unstructured and need_x and need_values:
             shared = _cpu_conv_block.backward(dy, x, values.float(), index, need_bias, conv)
             if shared is not None:
                 return ProductGrads(*shared, self.block_scores(dy, x, index, conv) if need_scores else None)
@@ -182,17 +182,18 @@ class CpuBackend(Backend):
 
 
 def _linear(index: WeightIndex) -> ModuleType:
-    return _cpu_unstructured if index.pattern == Unstructured() else _cpu_block
+    return _cpu_unstructured if index.unstructured else _cpu_block
 
 
 def _conv(index: WeightIndex) -> ModuleType:
-    return _cpu_conv_unstructured if index.pattern == Unstructured() else _cpu_conv_block
+    return _cpu_conv_unstructured if index.unstructured else _cpu_conv_block
 
 
 def _converts(x: Tensor, index: WeightIndex, conv: ConvGeometry | None) -> bool:
     """Whether these activations are converted to fp32 for the kernels."""
-    module = _linear(index) if conv is None else _conv(index)
-    return x.dtype == torch.bfloat16 and not module.has_bf16(index)
+    if x.dtype != torch.bfloat16:
+        return False
+    return not (_linear(index) if conv is None else _conv(index)).has_bf16(index)
 
 
 def _rounded(weights: Tensor) -> Tensor:

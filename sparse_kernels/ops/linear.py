@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..activations import check_activation
 from ..backends import registry
-from ..patterns import Block
+from ..patterns import Block, block
 from ..topology import Topology, WeightIndex
 from .common import (
     ActivatedProductAutograd,
@@ -34,12 +34,19 @@ from .common import (
 def _rows(x: Tensor) -> Tensor:
     """`[..., F]` as `[P, F]` with rows of unit inner stride; a view wherever strides allow it."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if rows.is_contiguous():
+        return rows
     inner_is_dense = rows.stride(1) == 1 and (rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1])
     return rows if inner_is_dense else rows.contiguous()
 
 
+def _as(x: Tensor, rows: Tensor) -> Tensor:
+    """`[P, F]` with the leading dimensions of `x`."""
+    return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], rows.shape[1])
+
+
 def _backend(name: str, x: Tensor, shape: Sequence[int]) -> registry.Backend:
-    return registry.require(name, "linear", pattern=Block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
+    return registry.require(name, "linear", pattern=block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
 
 
 def _forward(
@@ -52,7 +59,7 @@ def _forward(
     backend: str,
 ) -> Tensor:
     y = _backend(backend, x, shape).spmm(_rows(x), values, WeightIndex.unpack(index, shape), bias)
-    return y.reshape(*x.shape[:-1], shape[0])
+    return _as(x, y)
 
 
 def _forward_fake(
@@ -74,8 +81,7 @@ def _activated(
 ) -> tuple[Tensor, Tensor]:
     where = WeightIndex.unpack(index, shape)
     y, pre = _backend(backend, x, shape).product_forward(_rows(x), values, where, bias, activation, keep)
-    shape_y = [*x.shape[:-1], shape[0]]
-    return y.reshape(shape_y), pre.reshape(shape_y if keep else [0])
+    return _as(x, y), _as(x, pre) if keep else pre
 
 
 def _activated_fake(
@@ -105,7 +111,7 @@ def _backward(
     where = WeightIndex.unpack(index, shape)
     rows_dy, rows_x = _rows(dy.to(x.dtype)), _rows(x)
     grads = _backend(backend, x, shape).product_backward(rows_dy, rows_x, values, where, needs)
-    return returned(grads if grads.x is None else grads._replace(x=grads.x.reshape(x.shape)), x)
+    return returned(grads if grads.x is None or x.dim() == 2 else grads._replace(x=grads.x.reshape(x.shape)), x)
 
 
 def _backward_fake(
