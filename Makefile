@@ -1,4 +1,5 @@
 # make demo | test | bench | report | lint | sanitize. Each makes the environment it needs (.venv) on its first run.
+# make gpu: all that wants an NVIDIA GPU, offline, with the environment that `python3` (or PYTHON) already is.
 #
 #   make test ARGS="-k topology"                 arguments for the command behind a target
 #   make test PYTHON=python3.12                  the Python that .venv is made with
@@ -16,7 +17,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.h'
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test bench report lint sanitize
+.PHONY: demo test bench report lint sanitize gpu
 
 demo: $(VENV)/.stamp-base
 	$(BIN)/sparsediff demo $(ARGS)
@@ -29,6 +30,9 @@ bench: $(VENV)/.stamp-bench
 
 report: $(VENV)/.stamp-base
 	$(BIN)/python -m bench report $(ARGS)
+
+gpu:
+	$(PYTHON) -m bench gpu $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run -Werror

@@ -1,9 +1,11 @@
-"""`python -m bench list | run | compare | report`: what there is, measure it, set two measurements side by side, plot.
+"""`python -m bench list | run | compare | report | gpu`: what there is, measure it, set two measurements side by side,
+plot, and everything that a machine with a GPU is wanted for.
 
     python -m bench list                                    cases, problems, variants, peers
     python -m bench run [case | case/problem …] [options]   check, time, print, append rows
     python -m bench compare A B                             A, B: FILE, COMMIT or FILE@COMMIT
     python -m bench report [FILE …] [--out PAGE]            one HTML page of all rows
+    python -m bench gpu [--out FOLDER]                      build, test, sanitize and measure on a GPU
 
 Without one of these words, what follows `python -m bench` are the arguments of `run`.
 """
@@ -51,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     """Checks and times cases, prints their rows and appends them to a file; 1 where a result was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench run", description=run.__doc__)
     parser.add_argument("cases", nargs="*", help="case names or case/problem globs (default: all), see list")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure at")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts to measure at on the CPU")
     parser.add_argument("--isa", help="instruction set of our kernels, as SPARSE_KERNELS_ISA; the rivals keep "
                         "theirs")  # fmt: skip
     parser.add_argument("--pattern", nargs="+", default=[], help="only these patterns")
@@ -65,28 +68,36 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.isa:
         _native.native().set_isa(options.isa)
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU and its driver, and torch finds none; leave it out here.")
     try:
         chosen = registry.select(
-            options.cases, patterns=options.pattern, sparsities=options.sparsity, quick=options.quick
+            options.cases,
+            patterns=options.pattern,
+            sparsities=options.sparsity,
+            quick=options.quick,
+            device=options.device,
         )
     except ValueError as error:
         parser.error(str(error))
-    out = options.out or (None if options.quick else default_file())
+    out = options.out or (None if options.quick else default_file(options.device))
     seconds = options.seconds if options.seconds is not None else (1.0 if options.quick else None)
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    thread_counts: list[int] = [torch.get_num_threads()] if on_gpu else options.threads
+    print(", ".join(f"{key} {value}" for key, value in machine(options.device).items()))
     for name, reason in peers.roll_call().items():
         if reason:
             print(f"peer {name} is absent: {reason}")
     begun = time.perf_counter()
     counts = {"rows": 0, "met": 0, "MISSED": 0, "forbidden": 0}
     failures: list[str] = []
-    for threads in options.threads:
+    for threads in () if on_gpu else thread_counts:
         print(f"{threads} thread(s): measured fp32 peak {peak_gflops(threads):.0f} GFLOP/s", flush=True)
-    planned = sum(problem.seconds for _, problem in chosen) * len(options.threads)
+    planned = sum(problem.seconds for _, problem in chosen) * len(thread_counts)
     for case, problem in chosen:
         named: dict[str, str] = {}
         print()
-        for threads in options.threads:
+        for threads in thread_counts:
             torch.set_num_threads(threads)
             left = options.minutes * 60 - (time.perf_counter() - begun)
             share = problem.seconds * min(1.0, max(0.0, left) / (UNTIMED * planned))
@@ -102,7 +113,8 @@ def run(arguments: Sequence[str]) -> int:
                     write(outcome.rows, out)
             named.update(outcome.named)
             for name, reason in outcome.failures.items():
-                failures.append(f"{case.name}/{problem.name} {name}, {threads} thread(s): {reason}")
+                where = "GPU" if on_gpu else f"{threads} thread(s)"
+                failures.append(f"{case.name}/{problem.name} {name}, {where}: {reason}")
                 print(f"  FAILED {failures[-1]}", flush=True)
         print(_reasons(named), end="", flush=True)
     print(
@@ -152,7 +164,20 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": list_, "run": run, "compare": compare, "report": report}
+def gpu(arguments: Sequence[str]) -> int:
+    """Builds, tests, sanitizes and measures on a GPU."""
+    from bench.gpu import main as everything
+
+    return everything(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "list": list_,
+    "run": run,
+    "compare": compare,
+    "report": report,
+    "gpu": gpu,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.registry import Case, Ours, Prepared, Problem, Samples, Variant, Wrong
+from bench.replay import Replay, event_ms, gpu_allocated_mib
 from bench.roofline import limits
 from bench.rows import RESULTS, Row, machine
 from sparse_kernels.nn.weights import SparseLayer
@@ -134,7 +135,16 @@ def _samples(prepared: Prepared, ours: Mapping[str, Ours], seconds: float, fewes
     functions = dict(prepared.dense)
     peers = {f"{name} {PEER}{peer}": run for name, one in ours.items() for peer, run in one.peers.items()}
     functions.update({name: one.run for name, one in ours.items() if one.run is not None})
-    return interleave({**functions, **peers}, seconds=seconds, fewest=fewest, most=most, seldom=peers)
+    every: dict[str, Callable[[], Any]] = {**functions, **peers}
+    if prepared.device == "cpu":
+        return interleave(every, seconds=seconds, fewest=fewest, most=most, seldom=peers)
+    calls = prepared.calls
+    replays = {name: Replay(function, calls) for name, function in every.items()}
+    for name, replay in replays.items():
+        if replay.reason:
+            print(f"  {name} is timed call by call, it cannot be captured in a CUDA graph: {replay.reason}")
+    samples = interleave(replays, seconds=seconds, fewest=fewest, most=most, seldom=peers, call_ms=event_ms)
+    return {name: {turn: ms / calls for turn, ms in rounds.items()} for name, rounds in samples.items()}
 
 
 def interleave(
@@ -145,6 +155,7 @@ def interleave(
     most: int = 15,
     seldom: Collection[str] = (),
     shortest_ms: float = 4.0,
+    call_ms: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> Samples:
     """Times every function once a round, in rotating order.
 
@@ -153,16 +164,18 @@ def interleave(
         seconds: what the rounds may take together; between `fewest` and `most` rounds fit in.
         seldom: names of those that take part in so few rounds (at least `fewest`) that they need about as long as all
             the others.
+        call_ms: how the milliseconds of one of so many calls of a function are measured; default: the wall clock.
 
     Returns:
         Milliseconds of one call, by name and round.
     """
+    call_ms = call_ms or _call_ms
     once_ms: dict[str, float] = {}
     for name, function in functions.items():
-        once_ms[name] = _call_ms(function, 1)
+        once_ms[name] = call_ms(function, 1)
         # The first call warms up; of a long one it also says how long it takes.
         if once_ms[name] < LONG_MS:
-            once_ms[name] = _call_ms(function, 1)
+            once_ms[name] = call_ms(function, 1)
     repeats = {name: max(1, int(shortest_ms / max(ms, 1e-6))) for name, ms in once_ms.items()}
     cost = {name: repeats[name] * once_ms[name] for name in functions}
     often_ms = sum(ms for name, ms in cost.items() if name not in seldom)
@@ -178,7 +191,7 @@ def interleave(
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
                 if name not in seldom or turn % every == 0:
-                    samples[name][turn] = _call_ms(functions[name], repeats[name])
+                    samples[name][turn] = call_ms(functions[name], repeats[name])
     return samples
 
 
@@ -229,8 +242,8 @@ def _rows(
 
 def _goal(case: Case, variant: Variant, key: str) -> float | None:
     """What is asked with the instruction set in use; nothing of the portable kernels."""
-    goal, isa = variant.goals.get(key), machine()["isa"]
-    if goal is None or isa == "avx512":
+    goal = variant.goals.get(key)
+    if goal is None or case.device != "cpu" or (isa := machine()["isa"]) == "avx512":
         return goal
     return None if case.without_avx512 is None or isa != "avx2" else goal * case.without_avx512
 
@@ -253,7 +266,8 @@ def _row(
     speedups = [theirs[turn] / mine[turn] for turn in together]
     speedup = statistics.median(speedups)
     ours_ms, rival_ms = (statistics.median(side[turn] for turn in together) for side in (mine, theirs))
-    limit = limits(ours.flops, ours.moved, footprint=ours.footprint, dtype=problem.dtype)
+    device = prepared.device
+    limit = limits(ours.flops, ours.moved, footprint=ours.footprint, dtype=problem.dtype, device=device)
     ceilings = [rival_ms / least if least else None for least in (limit.compute_ms, limit.memory_ms)]
     met = None if goal is None else speedup >= goal
     row = Row(
@@ -262,7 +276,7 @@ def _row(
         pattern=variant.pattern,
         sparsity=variant.sparsity,
         density=round(ours.density, 4),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if device == "cpu" else 0,
         rival=label,
         ours_ms=round(ours_ms, 4),
         rival_ms=round(rival_ms, 4),
@@ -294,7 +308,7 @@ def _row(
         forbidden=limit.forbids(goal, rival_ms) if goal is not None and not met else "",
         ours_mib=_rounded(memory.get(variant.name), 2),
         rival_mib=_rounded(memory.get(rival), 2),
-        machine=machine(),
+        machine=machine(device),
     )
     if row.prediction_error is not None:
         row.extra["prediction_error"] = round(row.prediction_error, 4)
@@ -313,7 +327,8 @@ def _rounded(value: float | None, digits: int) -> float | None:
 def _memory(prepared: Prepared, ours: Mapping[str, Ours]) -> dict[str, float]:
     """MiB that one call of each function allocates at its peak."""
     functions = {**prepared.dense, **{name: one.run for name, one in ours.items() if one.run is not None}}
-    return {name: allocated_mib(function) for name, function in functions.items()}
+    allocated = gpu_allocated_mib if prepared.device == "cuda" else allocated_mib
+    return {name: allocated(function) for name, function in functions.items()}
 
 
 def allocated_mib(function: Callable[[], Any]) -> float:

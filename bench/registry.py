@@ -86,6 +86,8 @@ class Prepared:
             under the variant's name, a rival under its own, or under both names with a space between where every
             variant has a rival of its own. unit: of those samples.
         named: peers that do not take part, as "peer, variant", and why.
+        device: "cpu" or "cuda", where the functions run. calls: of the work that one call of a function makes, see
+            `bench.rotation`.
     """
 
     dense: Mapping[str, Callable[[], Any]]
@@ -94,6 +96,8 @@ class Prepared:
     measure: Callable[[float], Samples] | None = None
     unit: str = "ms"
     named: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+    calls: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Case:
         name: on the command line. about: one line. problems: in the order of their rows.
         without_avx512: what remains of the goals with AVX2; None: no goal there. The portable kernels have none.
         row_name: as rows show it; default: `name`.
+        device: "cpu", or "cuda" for cases that need an NVIDIA GPU.
         keeps_freed_memory: measured with glibc keeping freed memory, as `sparsediff train` does, on both sides. That
             lasts as long as the process, so such cases come last.
     """
@@ -134,6 +139,7 @@ class Case:
     without_avx512: float | None = None
     row_name: str = ""
     keeps_freed_memory: bool = False
+    device: str = "cpu"
 
 
 class Wrong(Exception):
@@ -169,7 +175,12 @@ def all_cases() -> dict[str, Case]:
 
 
 def select(
-    wanted: Sequence[str], *, patterns: Sequence[str] = (), sparsities: Sequence[float] = (), quick: bool = False
+    wanted: Sequence[str],
+    *,
+    patterns: Sequence[str] = (),
+    sparsities: Sequence[float] = (),
+    quick: bool = False,
+    device: str = "cpu",
 ) -> list[tuple[Case, Problem]]:
     """The problems that filters leave, with only the variants that they leave.
 
@@ -177,13 +188,15 @@ def select(
         wanted: case names or "case/problem" globs ("conv3x3", "linear/P=4096*"); none: everything.
         patterns, sparsities: of the variants; none: all.
         quick: only the problems of the quick selection, where "case/problem" does not name one.
+        device: only the cases of this device.
 
     Raises:
         ValueError: a filter fits nothing.
     """
     chosen: list[tuple[Case, Problem]] = []
     unused = set(wanted)
-    for case in all_cases().values():
+    candidates = [case for case in all_cases().values() if case.device == device]
+    for case in candidates:
         for problem in case.problems:
             fits = [glob for glob in wanted if fnmatch.fnmatchcase(f"{case.name}/{problem.name}", _whole(glob))]
             unused -= set(fits)
@@ -198,9 +211,10 @@ def select(
             if variants:
                 chosen.append((case, dataclasses.replace(problem, variants=variants)))
     if unused:
-        names = ", ".join(all_cases())
+        names = ", ".join(case.name for case in candidates)
         raise ValueError(
-            f"no case or problem fits {', '.join(sorted(unused))}; cases: {names}; see python -m bench list."
+            f"no case or problem of device {device} fits {', '.join(sorted(unused))}; cases: {names}; "
+            "see python -m bench list."
         )
     if not chosen:
         raise ValueError("no variant has such a pattern and sparsity; see python -m bench list.")

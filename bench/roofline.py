@@ -15,6 +15,7 @@ import time
 
 import torch
 
+from bench import gpu_rates
 from sparse_kernels import _native
 
 SMALLEST_SET, LARGEST_SET = 2**21, 2**28  # bytes
@@ -48,18 +49,28 @@ class Limits:
 
 
 def limits(
-    flops: float | None, bytes_moved: float | None, *, footprint: float | None = None, dtype: str = "float32"
+    flops: float | None,
+    bytes_moved: float | None,
+    *,
+    footprint: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> Limits:
-    """The limits of a row at torch's present thread count.
+    """The limits of a row at torch's present thread count, or on the GPU.
 
     Args:
         flops: of the nonzeros, 2 a multiply-add. bytes_moved: that any implementation must read or write.
         footprint: bytes of the operands, which the bandwidth depends on; default: `bytes_moved`.
-        dtype: of the multiplications: "float32" or "bfloat16".
+        dtype: of the multiplications: "float32" or "bfloat16". device: "cpu" or "cuda"; there the peak is the dense
+            library's best rate, and operands, being rotated, come from the GPU's memory.
     """
     threads = torch.get_num_threads()
-    peak = peak_gflops(threads, dtype) if flops else None
-    bandwidth = stream_gbs(threads, footprint or bytes_moved) if bytes_moved else None
+    on_gpu = device == "cuda"
+    peak = bandwidth = None
+    if flops:
+        peak = gpu_rates.product_gflops(dtype) if on_gpu else peak_gflops(threads, dtype)
+    if bytes_moved:
+        bandwidth = gpu_rates.copy_gbs() if on_gpu else stream_gbs(threads, footprint or bytes_moved)
     return Limits(
         flops / (peak * 1e6) if flops and peak else None,
         bytes_moved / (bandwidth * 1e6) if bytes_moved and bandwidth else None,

@@ -87,9 +87,11 @@ class Row:
         count, the commit does not; of a rival that is the faster of several ("D2 packed"), only the part that always
         stays ("D2")."""
         about = self.machine
+        names = ("gpu", "gpus", "capability") if "gpu" in about else ("cpu", "cores", "isa")
+        kind, count, features = (str(about.get(name)) for name in names)
         return (
             self.case, self.shape, self.pattern, self.sparsity, self.dtype, self.passes, stable_rival(self.rival),
-            self.threads, str(about.get("cpu")), str(about.get("cores")), str(about.get("isa")),
+            self.threads, kind, count, features,
         )  # fmt: skip
 
     @property
@@ -138,18 +140,42 @@ def _commit() -> str:
 @functools.cache
 def _peer_versions() -> dict[str, str]:
     versions = {}
-    for package in ("scipy", "sparseprop"):
+    for package in ("scipy", "sparseprop", "stanford-stk", "triton"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
 
 
-def machine() -> dict[str, Any]:
-    """What a row must say of where it was measured."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a row must say of where it was measured: on "cpu" or on "cuda"."""
+    if device == "cuda":
+        return {**_gpu(), **_versions()}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "isa": _native.native().isa_name(), **_versions()}
+
+
+@functools.cache
+def _gpu() -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
     return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "isa": _native.native().isa_name(),
+        "gpu": about.name,
+        "gpus": 1,
+        "capability": f"{about.major}.{about.minor}",
+        "multiprocessors": about.multi_processor_count,
+        "memory_gib": round(about.total_memory / 2**30, 1),
+        "l2_mib": round(about.L2_cache_size / 2**20, 1),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _versions() -> dict[str, Any]:
+    return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         **_peer_versions(),
@@ -158,20 +184,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def default_file() -> Path:
-    """Where this machine's rows belong: one file for each CPU, core count and instruction set."""
-    about = machine()
+def default_file(device: str = "cpu") -> Path:
+    """Where this machine's rows belong: one file for each CPU, core count and instruction set, or for each GPU."""
+    about = machine(device)
+    if device == "cuda":
+        return RESULTS / f"gpu-{'-'.join(str(about['gpu']).lower().split())}.jsonl"
     stem = "-".join([*str(about["cpu"]).lower().split(), f"{about['cores']}c", str(about["isa"])])
     return RESULTS / f"cpu-{stem}.jsonl"
 
 
 def write(rows: Iterable[Row], path: Path) -> None:
-    """Appends the rows as JSON lines, each with this machine where it names none."""
+    """Appends the rows as JSON lines, each with this CPU's machine where it names none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = machine()
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({**dataclasses.asdict(row), "machine": row.machine or about}) + "\n")
+            file.write(json.dumps({**dataclasses.asdict(row), "machine": row.machine or machine()}) + "\n")
 
 
 def read(path: Path) -> list[Row]:

@@ -3,6 +3,8 @@ again, every program on its own accumulators. On Hopper Triton emits `wgmma`, be
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 @triton.jit
 def _multiply(
-    a_ptr, b_ptr, out_ptr, rounds, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-) -> None:  # pragma: no cover - compiled
+    a_ptr: Any, b_ptr: Any, out_ptr: Any, rounds: int, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+) -> None:
     rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + rows[:, None] * K + inner[None, :])
     b = tl.load(b_ptr + inner[:, None] * N + columns[None, :])

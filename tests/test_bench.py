@@ -85,7 +85,7 @@ def test_filters(tiny, tmp_path) -> None:  # type: ignore[no-untyped-def]
     chosen = registry.select(["tiny/P=*", "gru"], sparsities=[0.5])
     assert {case.name for case, _ in chosen} == {"tiny", "gru"}
     assert all(variant.sparsity == 0.5 for _, problem in chosen for variant in problem.variants)
-    with pytest.raises(ValueError, match="no case or problem fits nothing"):
+    with pytest.raises(ValueError, match="no case or problem of device cpu fits nothing"):
         registry.select(["tiny", "nothing"])
     with pytest.raises(ValueError, match="no variant"):
         registry.select(["tiny"], sparsities=[0.123])
