@@ -30,15 +30,16 @@ struct BlockIndex {
 // The bits of a bfloat16.
 using bf16 = uint16_t;
 
-// What is applied to a product and its bias.
+// What is applied to a product and its bias; kIdentity applies nothing.
 enum Activation : int { kIdentity, kRelu, kSilu, kGelu, kGeluTanh };
 
-// The end of a product: y = activation(sum + bias), and pre = sum + bias for the backward.
+// The end of a product: y = activation(sum + bias), and pre = sum + bias for the backward, which kIdentity leaves
+// unwritten.
 template <class T>
 struct Epilogue {
     const float* bias;  // [out] or null
     Activation activation;
-    T* pre;  // as y, with its row stride; or null
+    T* pre;  // as y, with its strides; or null
 };
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
@@ -154,11 +155,11 @@ int64_t conv_unstructured_runs_ints(const BlockIndex& w, int64_t taps, bool tran
 int64_t conv_unstructured_derive_workspace_bytes(const BlockIndex& w, int64_t taps, bool transposed);
 int conv_unstructured_derive(const BlockIndex& w, int64_t taps, bool transposed, int32_t* runs, void* workspace);
 
-// y = conv(x, W) + bias
+// y = activation(conv(x, W) + bias); pre (as y with its strides, or null) is what an activation is given
 int64_t conv_unstructured_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
 int conv_unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const ConvShape& conv,
-                           const float* x, const ImageStrides& x_strides, const float* bias, float* y,
-                           const ImageStrides& y_strides, int64_t threads, void* workspace);
+                           const float* x, const ImageStrides& x_strides, const float* bias, int64_t activation,
+                           float* pre, float* y, const ImageStrides& y_strides, int64_t threads, void* workspace);
 
 // dx = the input gradient of conv for dy, through the transposed runs
 int64_t conv_unstructured_spmm_t_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
@@ -176,13 +177,13 @@ int conv_unstructured_sddmm(const BlockIndex& w, const int32_t* runs, const Conv
 // channels or that of the columns is 1. Outputs and repeatability as for block_spmm. T is float, or bf16 for images in
 // bfloat16 whose channels lie side by side, as for block_spmm; the weight gradient is fp32.
 
-// y = conv(x, W) + bias
+// y = activation(conv(x, W) + bias); pre as in conv_unstructured_spmm
 template <class T>
 int64_t conv_block_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& conv, int64_t threads);
 template <class T>
 int conv_block_spmm(const BlockIndex& w, const ConvShape& conv, const float* values, const T* x,
-                    const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides,
-                    int64_t threads, void* workspace);
+                    const ImageStrides& x_strides, const float* bias, int64_t activation, T* pre, T* y,
+                    const ImageStrides& y_strides, int64_t threads, void* workspace);
 
 // dx = the input gradient of conv for dy
 template <class T>

@@ -17,13 +17,14 @@ void bind(py::module_& m, const std::string& type) {
     m.def(
         name("conv_block_spmm").c_str(),
         [](const BlockIndex& w, const ConvShape& conv, addr values, addr x, const ImageStrides& x_strides, addr bias,
-           addr y, const ImageStrides& y_strides, int64_t threads, addr workspace) {
+           int64_t activation, addr pre, addr y, const ImageStrides& y_strides, int64_t threads, addr workspace) {
             return conv_block_spmm(w, conv, ptr<const float>(values), ptr<const T>(x), x_strides,
-                                   ptr<const float>(bias), ptr<T>(y), y_strides, threads, ptr<void>(workspace));
+                                   ptr<const float>(bias), activation, ptr<T>(pre), ptr<T>(y), y_strides, threads,
+                                   ptr<void>(workspace));
         },
         py::arg("index"), py::arg("conv"), py::arg("values"), py::arg("x"), py::arg("x_strides"), py::arg("bias"),
-        py::arg("y"), py::arg("y_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
-        "y = conv(x, W) + bias; addresses, see csrc/api.h.");
+        py::arg("activation"), py::arg("pre"), py::arg("y"), py::arg("y_strides"), py::arg("threads"),
+        py::arg("workspace"), no_gil(), "y = activation(conv(x, W) + bias); addresses, see csrc/api.h.");
     m.def(name("conv_block_spmm_t", bytes).c_str(), &conv_block_spmm_t_workspace_bytes<T>, py::arg("index"),
           py::arg("conv"), py::arg("threads"));
     m.def(

@@ -21,14 +21,16 @@ void bind_conv_unstructured(py::module_& m) {
     m.def(
         "conv_unstructured_spmm",
         [](const BlockIndex& w, addr runs, addr values, const ConvShape& conv, addr x, const ImageStrides& x_strides,
-           addr bias, addr y, const ImageStrides& y_strides, int64_t threads, addr workspace) {
+           addr bias, int64_t activation, addr pre, addr y, const ImageStrides& y_strides, int64_t threads,
+           addr workspace) {
             return conv_unstructured_spmm(w, ptr<const int32_t>(runs), ptr<const float>(values), conv,
-                                          ptr<const float>(x), x_strides, ptr<const float>(bias), ptr<float>(y),
-                                          y_strides, threads, ptr<void>(workspace));
+                                          ptr<const float>(x), x_strides, ptr<const float>(bias), activation,
+                                          ptr<float>(pre), ptr<float>(y), y_strides, threads, ptr<void>(workspace));
         },
         py::arg("index"), py::arg("runs"), py::arg("values"), py::arg("conv"), py::arg("x"), py::arg("x_strides"),
-        py::arg("bias"), py::arg("y"), py::arg("y_strides"), py::arg("threads"), py::arg("workspace"), no_gil(),
-        "y = conv(x, W) + bias; addresses of fp32 buffers, see csrc/api.h.");
+        py::arg("bias"), py::arg("activation"), py::arg("pre"), py::arg("y"), py::arg("y_strides"), py::arg("threads"),
+        py::arg("workspace"), no_gil(),
+        "y = activation(conv(x, W) + bias); addresses of fp32 buffers, see csrc/api.h.");
     m.def("conv_unstructured_spmm_t_workspace_bytes", &conv_unstructured_spmm_t_workspace_bytes, py::arg("index"),
           py::arg("conv"), py::arg("threads"));
     m.def(

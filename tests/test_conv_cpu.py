@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_kernels import _native, ops
+from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.backends import ConvGeometry, get
-from sparse_kernels.patterns import Block
+from sparse_kernels.patterns import Block, Unstructured
 from sparse_kernels.topology import Topology, WeightIndex
 
 pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
@@ -200,6 +201,33 @@ def test_views_of_any_strides(isa: str, pattern: Block) -> None:
         assert_close(run(index, values, view, wide[:, ::2], bias, conv), case)
 
 
+# One of each way to y: tiles in rows and in planes, panels that lie dense in y and that do not, slices, linear's rows.
+@pytest.mark.parametrize("keep", [False, True], ids=["", "keep"])
+@pytest.mark.parametrize("name", ["3x3", "stride 2", "1x1", "slices"])
+@pytest.mark.parametrize("pattern", [*SOME, Unstructured()], ids=str)
+def test_epilogues(isa: str, pattern: Block, name: str, keep: bool) -> None:
+    conv, n, in_, out, h, w = (*CASES["3x3"][:1], 2, 96, 40, 70, 62) if name == "slices" else CASES[name]
+    topology, values = make(pattern, out, in_, conv.kernel[0] * conv.kernel[1], 0.1)
+    if deriver := get("cpu").deriver("conv", pattern):
+        topology.attach(deriver)
+    index, bias, x = (
+        WeightIndex.unpack(topology.index("cpu"), topology.shape),
+        torch.randn(out),
+        image(n, in_, h, w, seed=1),
+    )
+    room = torch.full((n, h + 1, w + 2, in_ + 3), float("nan"))
+    room[:, 1:, 2:, 3:] = x.permute(0, 2, 3, 1)
+    torch.set_num_threads(1 + keep)
+    for given in (x, x.contiguous(), room[:, 1:, 2:, 3:].permute(0, 3, 1, 2)):
+        product = get("cpu").spmm(given, values, index, bias, conv)
+        for activation in ACTIVATIONS:
+            y, pre = get("cpu").product_forward(given, values, index, bias, activation, keep, conv)
+            assert torch.equal(pre, product) if keep else not pre.numel()
+            assert y.stride() == product.stride()
+            torch.testing.assert_close(y, ACTIVATIONS[activation].forward(product), rtol=1e-5, atol=1e-5)
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("pattern", SOME, ids=str)
 def test_images_one_column_wide_whose_stride_says_nothing(pattern: Block) -> None:
     conv, n, in_, out, h = ConvGeometry((3, 1), padding=(1, 0)), 2, 32, 32, 9
@@ -320,6 +348,8 @@ def test_launchers_refuse_what_they_cannot_run() -> None:
         (index, good, broken, 1),
         (index, good, strides, 0),
     ]:
-        assert native.conv_block_spmm(w, shape, 0, 0, layout, 0, 0, layout, threads, 0) != 0
+        assert native.conv_block_spmm(w, shape, 0, 0, layout, 0, 0, 0, 0, layout, threads, 0) != 0
         assert native.conv_block_spmm_t(w, shape, 0, 0, layout, 0, layout, threads, 0) != 0
         assert native.conv_block_sddmm(w, shape, 0, layout, 0, layout, 0, threads, 0) != 0
+    for unknown in (-1, 5):
+        assert native.conv_block_spmm(index, good, 0, 0, strides, 0, unknown, 0, 0, strides, 1, 0) != 0

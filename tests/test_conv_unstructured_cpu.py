@@ -250,7 +250,7 @@ def test_launchers_refuse_what_they_cannot_run() -> None:
     for out, bh, shape, threads in [(64, 8, good, 1), (0, 1, good, 1), (64, 1, good, 0), (64, 1, too_far, 1),
                                     (64, 1, no_stride, 1)]:  # fmt: skip
         index, conv = native.BlockIndex(out, 64, bh, 1, 0, 0, 0, 0, 0, 0, 0), native.ConvShape(*shape)
-        assert native.conv_unstructured_spmm(index, 0, 0, conv, 0, strides, 0, 0, strides, threads, 0) != 0
+        assert native.conv_unstructured_spmm(index, 0, 0, conv, 0, strides, 0, 0, 0, 0, strides, threads, 0) != 0
         assert native.conv_unstructured_spmm_t(index, 0, 0, conv, 0, strides, 0, strides, threads, 0) != 0
         assert native.conv_unstructured_sddmm(index, 0, conv, 0, strides, 0, strides, 0, threads, 0) != 0
         assert native.conv_unstructured_spmm_workspace_bytes(index, conv, threads) == 0

@@ -8,6 +8,7 @@ from layers import FP64_BUDGET, check_same, each_execution, each_pattern, genera
 from torch import nn
 
 from sparse_kernels import Block, SparseConv1d, SparseConv2d
+from sparse_kernels.activations import ACTIVATIONS
 
 CONV2D_CASES = [
     {"kernel_size": 3, "padding": 1},
@@ -75,6 +76,21 @@ def test_conv2d_keeps_the_memory_format() -> None:
     x = torch.randn(2, 16, 5, 5).to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
     assert layer(x.contiguous()).is_contiguous()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", [SparseConv1d, SparseConv2d])
+def test_a_convolution_with_its_activation_is_a_convolution_and_that_activation(
+    kind: type[SparseConv1d | SparseConv2d], activation: str
+) -> None:
+    layer = kind(16, 32, 3, padding=1, pattern="block:16x16", sparsity=0.5, activation=activation)
+    dense, x = layer.to_dense(), torch.randn(2, 16, *[5] * layer.spatial)
+    assert isinstance(dense, nn.Sequential) and f"activation={activation}" in repr(layer)
+    torch.testing.assert_close(layer(x), dense(x))
+    again = kind.from_dense(dense[0], pattern="block:16x16", sparsity=0.0, activation=activation)
+    torch.testing.assert_close(again(x), dense(x))
+    with pytest.raises(ValueError, match=f"{kind.__name__}: activation must be None or one of relu"):
+        kind(16, 32, 3, pattern="block:16x16", sparsity=0.5, activation="swish")
 
 
 def test_conv_fresh_values_are_those_of_torch() -> None:

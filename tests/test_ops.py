@@ -188,6 +188,51 @@ def test_conv2d(
         testing.assert_within_budget(results["actual"][what], expected, results["dense"][what], what)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "shape,memory_format",
+    [("1x1", torch.channels_last), ("strided", torch.channels_last), ("strided", torch.contiguous_format)],
+    ids=str,
+)
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(16, 32), Block(8, 4), Block(1, 16)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conv2d_with_an_activation(
+    backend: str,
+    pattern: Block,
+    shape: str,
+    memory_format: torch.memory_format,
+    activation: str,
+    dtype: torch.dtype,
+) -> None:
+    require(backend, "conv", pattern, dtype)
+    conv, torch_forward = backends.ConvGeometry(*CONVOLUTIONS[shape]), ACTIVATIONS[activation].forward
+    topology = topology_for("conv", backend, testing.TOPOLOGIES["random"](35, 20, pattern, conv.kernel[0] ** 2))
+    values, bias = testing.random_values(topology), normal(35, seed=1)
+    x = 3 * normal(2, 20, 7, 6, dtype=dtype).to(memory_format=memory_format)
+    if activation == "relu":
+        bias = 12 * bias.sign()  # nothing near the kink, which a rounding may cross
+    results = {}
+    for kind, precision in (("expected", torch.float64), ("dense", dtype), ("actual", dtype)):
+        leaves = [leaf(t) for t in ((x, values, bias) if kind == "actual" else (x, values.to(dtype), bias.to(dtype)))]
+        leaves = leaves if kind == "actual" else [leaf(t.to(precision)) for t in leaves]
+        with testing.poisoned_buffers():
+            if kind == "actual":
+                y = ops.conv2d(*leaves[:2], topology, leaves[2], conv=conv, activation=activation, backend=backend)
+                assert y.is_contiguous(memory_format=memory_format)
+            else:
+                weight = topology.scatter(leaves[1]).view(35, *conv.kernel, 20).permute(0, 3, 1, 2)
+                y = torch_forward(F.conv2d(leaves[0], weight, leaves[2], conv.stride, conv.padding))
+            y.backward(normal(*y.shape, dtype=dtype, seed=9).to(y.dtype))
+        results[kind] = {"y": y.detach()} | {f"gradient {k}": t.grad for k, t in enumerate(leaves)}
+    for what, expected in results["expected"].items():
+        testing.assert_within_budget(results["actual"][what], expected, results["dense"][what], what, roundings=2)
+    if dtype == torch.float32:
+        with torch.no_grad():
+            again = ops.conv2d(x, values, topology, bias, conv=conv, activation=activation, backend=backend)
+        assert torch.equal(again, results["actual"]["y"])
+
+
 def gru_case(
     backend: str, patterns: list[Block | None], hidden: int, features: int, directions: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Topology | None], list[Tensor]]:
@@ -299,6 +344,9 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(
         lambda x, v, b: ops.conv2d(x, v * real, topology, b, conv=conv, backend=backend), inputs
     )
+    assert torch.autograd.gradcheck(
+        lambda x, v, b: ops.conv2d(x, v * real, topology, b, conv=conv, activation="silu", backend=backend), inputs
+    )
 
     weights, topologies, biases = gru_case(backend, [Unstructured(), None], 4, 3, 2, torch.float64)
     tensors = [normal(3, 4, 3, dtype=torch.float64), normal(2, 3, 4, dtype=torch.float64), *weights, *biases]
@@ -335,6 +383,8 @@ def test_opcheck(backend: str) -> None:
             index, geometry = topology.index(backend), [3, 3, 1, 1, 1, 1, 1, 1]
             arguments = (leaf(x), values, leaf(normal(6)), None, index, topology.shape, geometry, backend)
             torch.library.opcheck(torch.ops.sparse_kernels.conv2d.default, arguments)
+            more = (*arguments[:-1], "gelu", False, backend)
+            torch.library.opcheck(torch.ops.sparse_kernels.conv2d_activated.default, more)
 
     if backends.why_not(backend, "gru", pattern=pattern, dtype=torch.float32, device=CPU) is None:
         weights, topologies, biases = gru_case(backend, [pattern, None], 8, 5, 1, torch.float32)
@@ -357,19 +407,25 @@ def test_opcheck(backend: str) -> None:
 def test_compile_fullgraph(backend: str) -> None:
     pattern = Block(8, 8)
     require(backend, "linear", pattern, torch.float32)
+    require(backend, "conv", pattern, torch.float32)
     require(backend, "gru", pattern, torch.float32)
     topology = topology_for("linear", backend, testing.TOPOLOGIES["random"](24, 32, pattern, 1))
+    filters = topology_for("conv", backend, testing.TOPOLOGIES["random"](24, 24, pattern, 3))
     weights, topologies, biases = gru_case(backend, [pattern], 16, 24, 2, torch.float32)
-    values = testing.random_values(topology)
+    values, kernels = testing.random_values(topology), testing.random_values(filters)
+    conv = backends.ConvGeometry((1, 3), padding=(0, 1))
 
-    def function(x: Tensor, values: Tensor, h0: Tensor) -> Tensor:
+    def function(x: Tensor, values: Tensor, kernels: Tensor, h0: Tensor) -> Tensor:
         hidden = ops.linear(x.relu(), values, topology, activation="gelu", backend=backend)
+        images = hidden.transpose(1, 2).unsqueeze(2)  # [B, features, 1, T]
+        hidden = ops.conv2d(images, kernels, filters, conv=conv, activation="silu", backend=backend)
+        hidden = hidden.squeeze(2).transpose(1, 2)
         y, h_n = ops.gru(hidden, h0, weights, topologies, biases, backend=backend)
         return y.sum() + h_n.square().sum()
 
     grads = []
     for run in (function, torch.compile(function, fullgraph=True)):
-        leaves = [leaf(t) for t in (normal(2, 5, 32), values, normal(2, 2, 16))]
+        leaves = [leaf(t) for t in (normal(2, 5, 32), values, kernels, normal(2, 2, 16))]
         run(*leaves).backward()
         grads.append([t.grad for t in leaves])
     for eager, compiled in zip(*grads, strict=True):

@@ -2,6 +2,7 @@
 #include "cpu/conv_block.h"
 
 #include "cpu/dispatch.h"
+#include "cpu/sides.h"
 
 SK_DECLARE_TABLE(ConvProductTable<float>, conv_product_table)
 SK_DECLARE_TABLE(ConvGradientTable, conv_gradient_table)
@@ -10,8 +11,6 @@ SK_DECLARE_BF16_TABLE(ConvProductTable<bf16>, conv_product_table)
 namespace sk {
 
 namespace {
-
-bool is_side(int64_t side) { return side == 1 || side == 4 || side == 8 || side == 16 || side == 32 || side == 64; }
 
 bool axis_fits(int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
     return size >= 0 && kernel > 0 && stride > 0 && pad >= 0 && dilation > 0 && out > 0 &&
@@ -51,12 +50,12 @@ int64_t spmm_workspace(const BlockIndex& w, const ConvShape& conv, bool transpos
 
 template <class T>
 int spmm(const BlockIndex& w, const ConvShape& conv, bool transposed, const float* values, const T* x,
-         const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides, int64_t threads,
-         void* workspace) {
+         const ImageStrides& x_strides, const Epilogue<T>& epilogue, T* y, const ImageStrides& y_strides,
+         int64_t threads, void* workspace) {
     if (!valid(w, conv, threads) || !valid<T>(x_strides) || !valid<T>(y_strides)) return kInvalid;
     const ConvProductTable<T>* kernels = table<T>(w);
     if (!kernels) return kUnsupported;
-    kernels->spmm(w, conv, transposed, values, x, x_strides, bias, y, y_strides, threads, workspace);
+    kernels->spmm(w, conv, transposed, values, x, x_strides, epilogue, y, y_strides, threads, workspace);
     return kOk;
 }
 
@@ -69,9 +68,11 @@ int64_t conv_block_spmm_workspace_bytes(const BlockIndex& w, const ConvShape& co
 
 template <class T>
 int conv_block_spmm(const BlockIndex& w, const ConvShape& conv, const float* values, const T* x,
-                    const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides,
-                    int64_t threads, void* workspace) {
-    return spmm(w, conv, false, values, x, x_strides, bias, y, y_strides, threads, workspace);
+                    const ImageStrides& x_strides, const float* bias, int64_t activation, T* pre, T* y,
+                    const ImageStrides& y_strides, int64_t threads, void* workspace) {
+    if (activation < kIdentity || activation > kGeluTanh) return kInvalid;
+    const Epilogue<T> epilogue = {bias, static_cast<Activation>(activation), pre};
+    return spmm(w, conv, false, values, x, x_strides, epilogue, y, y_strides, threads, workspace);
 }
 
 template <class T>
@@ -83,13 +84,14 @@ template <class T>
 int conv_block_spmm_t(const BlockIndex& w, const ConvShape& conv, const float* values, const T* dy,
                       const ImageStrides& dy_strides, T* dx, const ImageStrides& dx_strides, int64_t threads,
                       void* workspace) {
-    return spmm<T>(w, conv, true, values, dy, dy_strides, nullptr, dx, dx_strides, threads, workspace);
+    const Epilogue<T> none = {nullptr, kIdentity, nullptr};
+    return spmm<T>(w, conv, true, values, dy, dy_strides, none, dx, dx_strides, threads, workspace);
 }
 
 #define SK_INSTANTIATE(T)                                                                                             \
     template int64_t conv_block_spmm_workspace_bytes<T>(const BlockIndex&, const ConvShape&, int64_t);                \
     template int conv_block_spmm<T>(const BlockIndex&, const ConvShape&, const float*, const T*, const ImageStrides&, \
-                                    const float*, T*, const ImageStrides&, int64_t, void*);                           \
+                                    const float*, int64_t, T*, T*, const ImageStrides&, int64_t, void*);              \
     template int64_t conv_block_spmm_t_workspace_bytes<T>(const BlockIndex&, const ConvShape&, int64_t);              \
     template int conv_block_spmm_t<T>(const BlockIndex&, const ConvShape&, const float*, const T*,                    \
                                       const ImageStrides&, T*, const ImageStrides&, int64_t, void*);

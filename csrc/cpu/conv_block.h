@@ -10,8 +10,8 @@ template <class T>
 struct ConvProductTable {
     int64_t (*spmm_workspace)(const BlockIndex&, const ConvShape&, bool transposed, int64_t threads);
     void (*spmm)(const BlockIndex&, const ConvShape&, bool transposed, const float* values, const T* x,
-                 const ImageStrides& x_strides, const float* bias, T* y, const ImageStrides& y_strides, int64_t threads,
-                 void* workspace);
+                 const ImageStrides& x_strides, const Epilogue<T>& epilogue, T* y, const ImageStrides& y_strides,
+                 int64_t threads, void* workspace);
 };
 
 struct ConvGradientTable {

@@ -6,6 +6,7 @@
 // gathered rows [taps * channels][positions].
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/block_spmm.h"
 #include "cpu/conv_gather.h"
 
@@ -117,16 +118,16 @@ struct ConvProduct {
     int64_t stride_n, stride_k;
     const element* src;
     ImageStrides src_strides;
-    const float* bias;
+    Epilogue<element> epilogue = {nullptr, kIdentity, nullptr};
     element* dst;
     ImageStrides dst_strides;  // of the grid
 };
 
 #if !defined(__AVX512BF16__)
 
-// Row blocks' results in channel planes: y [positions, nb] of grid positions [q0, q1) to their places.
+// Results y [positions, ldy] of grid positions [q0, q1) to their places in the channel planes of an image.
 static void store_planes(const ConvProduct& a, const Slice& s, const float* y, int64_t ldy, int64_t q0, int64_t q1,
-                         int64_t channel, int64_t channels) {
+                         int64_t channel, int64_t channels, float* image) {
     const ImageStrides& d = a.dst_strides;
     const int64_t columns = a.gather.w.grid;
     // Rows that follow each other in memory are one run.
@@ -134,7 +135,7 @@ static void store_planes(const ConvProduct& a, const Slice& s, const float* y, i
     for (int64_t q = q0, end; q < q1; q = end) {
         end = smaller(q1, (q / run + 1) * run);
         const int64_t row = q / columns;
-        float* to = a.dst + (s.n + row / s.rows) * d.n + channel * d.c + (s.u + row % s.rows) * d.h + q % columns * d.w;
+        float* to = image + (s.n + row / s.rows) * d.n + channel * d.c + (s.u + row % s.rows) * d.h + q % columns * d.w;
         const float* from = y + (q - q0) * ldy;
         if (d.w == 1) {
             transpose(from, ldy, to, d.c, end - q, channels);
@@ -145,7 +146,31 @@ static void store_planes(const ConvProduct& a, const Slice& s, const float* y, i
     }
 }
 
+// The epilogue of results y [positions, ldy] that are not at their places yet: finishes them and stores them there.
+static void finish_planes(const ConvProduct& a, const Slice& s, float* y, int64_t ldy, int64_t q0, int64_t q1,
+                          int64_t channel, int64_t channels) {
+    const Epilogue<element>& e = a.epilogue;
+    if (e.activation != kIdentity) {
+        if (e.pre) store_planes(a, s, y, ldy, q0, q1, channel, channels, e.pre);
+        activate(e.activation, y, nullptr, ldy, q1 - q0, channels);
+    }
+    store_planes(a, s, y, ldy, q0, q1, channel, channels, a.dst);
+}
+
 #endif
+
+// The epilogue of results at their places, their channels side by side.
+static void finish_rows(const ConvProduct& a, const int64_t* y_at, int64_t q0, int64_t q1, int64_t channel,
+                        int64_t channels) {
+    const Epilogue<element>& e = a.epilogue;
+    if (e.activation == kIdentity) return;
+    const int64_t run = a.dense ? q1 : a.gather.w.grid;
+    for (int64_t q = q0, end; q < q1; q = end) {
+        end = smaller(q1, (q / run + 1) * run);
+        const int64_t at = y_at[q] + channel;
+        activate(e.activation, a.dst + at, e.pre ? e.pre + at : nullptr, a.dst_strides.w, end - q, channels);
+    }
+}
 
 // Where the positions of a slice's grid rows [first, stop) lie in the packed source and in y: the output itself, or
 // rows of nb floats where it has planes.
@@ -172,7 +197,7 @@ static void direct_product(const ConvProduct& a, [[maybe_unused]] const Slice& s
     const int64_t block = a.nb * a.kb, real = smaller(a.nb, a.n - r * a.nb);
     ConvTile t;
     t.distance = a.distance, t.idx = a.idx, t.block = block, t.kb = a.kb, t.ldw = pair ? 2 * VLEN : a.nb;
-    t.bias = a.bias ? a.bias + r * a.nb : nullptr;
+    t.bias = a.epilogue.bias ? a.epilogue.bias + r * a.nb : nullptr;
     t.x = packed, t.x_at = x_at, t.y_at = y_at, t.y = a.dst + r * a.nb;
 #if !defined(__AVX512BF16__)
     const bool rows = a.dst_strides.c == 1;
@@ -200,8 +225,9 @@ static void direct_product(const ConvProduct& a, [[maybe_unused]] const Slice& s
         t.begin = t.end;
     } while (t.begin < end);
 #if !defined(__AVX512BF16__)
-    if (!rows) store_planes(a, s, planes + q0 * a.nb, a.nb, q0, q1, r * a.nb, real);
+    if (!rows) return finish_planes(a, s, planes + q0 * a.nb, a.nb, q0, q1, r * a.nb, real);
 #endif
+    finish_rows(a, y_at, q0, q1, r * a.nb, real);
 }
 
 #if !defined(__AVX512BF16__)
@@ -236,7 +262,7 @@ static void panel_positions(const ConvProduct& a, const Slice& s, const float* p
     SpmmOperands b;
     b.n = a.n, b.k = a.taps * a.k_blocks * a.kb, b.nb = a.nb, b.kb = a.kb;
     b.ptr = a.ptr, b.idx = a.idx, b.slot = a.slot, b.ptr_k = a.ptr_k, b.idx_k = a.idx_k, b.slot_k = a.slot_k;
-    b.weights = a.values, b.stride_n = a.stride_n, b.stride_k = a.stride_k, b.bias = a.bias;
+    b.weights = a.values, b.stride_n = a.stride_n, b.stride_k = a.stride_k, b.bias = a.epilogue.bias;
     float* panel = scratch;
     float* out = panel + b.k * a.panel_width;
     float* rows = out + (a.outer ? a.n : kPanelOutputs) * a.panel_width;
@@ -249,10 +275,10 @@ static void panel_positions(const ConvProduct& a, const Slice& s, const float* p
         panel_product<kWideOutputs, 3>(b, panel, out, y, q1 - q0);
     else
         panel_product<4, 6>(b, panel, out, y, q1 - q0);
-    if (a.dense) return;
-    if (a.dst_strides.c != 1) return store_planes(a, s, rows, a.n, q0, q1, 0, a.n);
-    for (int64_t q = q0; q < q1; ++q)
+    if (a.dst_strides.c != 1) return finish_planes(a, s, rows, a.n, q0, q1, 0, a.n);
+    for (int64_t q = q0; q < q1 && !a.dense; ++q)
         for (int64_t c = 0; c < a.n; ++c) a.dst[y_at[q] + c] = rows[(q - q0) * a.n + c];
+    finish_rows(a, y_at, q0, q1, 0, a.n);
 }
 
 #endif

@@ -157,8 +157,8 @@ struct Plan {
     }
 };
 
-void multiply(const Plan& plan, const ConvPanels& panels, const float* values, const Source& x, const float* bias,
-              const Target& y) {
+void multiply(const Plan& plan, const ConvPanels& panels, const float* values, const Source& x,
+              const Epilogue<float>& end, const Target& y) {
     const ConvUnstructuredTable& kernels = SK_TABLE(conv_unstructured_table);
     const ConvRuns& index = plan.index;
     const ConvFill from = plan.lay_out(panels);
@@ -174,9 +174,13 @@ void multiply(const Plan& plan, const ConvPanels& panels, const float* values, c
                 const int64_t group = t % index.tiling.groups;
                 if (group == 0) plan.pack(kernels, panels, p, t / index.tiling.groups, x, desk);
                 kernels.spmm_tile(plan.runs(t), index.counts[t], plan.weights, plan.locals,
-                                  desk.tiles + plan.tile_at(group), desk.panel, panels.height, t == 0, bias);
+                                  desk.tiles + plan.tile_at(group), desk.panel, panels.height, t == 0, end.bias);
             }
             conv_write_rows(panels, p, y.strides, desk.lanes, desk.writes);
+            if (end.activation != kIdentity) {
+                if (end.pre) kernels.unpack(desk.panel, y.strides.c, plan.w.rows, desk.writes, panels.height, end.pre);
+                kernels.activate(end.activation, desk.panel, plan.w.rows * panels.height * kVectorRow);
+            }
             kernels.unpack(desk.panel, y.strides.c, plan.w.rows, desk.writes, panels.height, y.data);
         }
     }
@@ -206,12 +210,13 @@ int64_t conv_unstructured_spmm_workspace_bytes(const BlockIndex& w, const ConvSh
 }
 
 int conv_unstructured_spmm(const BlockIndex& w, const int32_t* runs, const float* values, const ConvShape& conv,
-                           const float* x, const ImageStrides& x_strides, const float* bias, float* y,
-                           const ImageStrides& y_strides, int64_t threads, void* workspace) {
-    if (!valid(w, conv, threads)) return kInvalid;
+                           const float* x, const ImageStrides& x_strides, const float* bias, int64_t activation,
+                           float* pre, float* y, const ImageStrides& y_strides, int64_t threads, void* workspace) {
+    if (!valid(w, conv, threads) || activation < kIdentity || activation > kGeluTanh) return kInvalid;
     const Plan plan(w, false, runs, conv, threads, threads, 0, workspace);
     const ConvProduct product = conv_forward(conv, plan.offsets);
-    if (!product.empty()) multiply(plan, ConvPanels(product, threads), values, {x, x_strides}, bias, {y, y_strides});
+    const Epilogue<float> end = {bias, static_cast<Activation>(activation), pre};
+    if (!product.empty()) multiply(plan, ConvPanels(product, threads), values, {x, x_strides}, end, {y, y_strides});
     return kOk;
 }
 
@@ -227,7 +232,8 @@ int conv_unstructured_spmm_t(const BlockIndex& w, const int32_t* runs_t, const f
     for (int64_t phase = 0; phase < conv_phases(conv); ++phase) {
         const ConvProduct product = conv_phase(conv, phase, plan.offsets);
         if (!product.empty())
-            multiply(plan, ConvPanels(product, threads), values, {dy, dy_strides}, nullptr, {dx, dx_strides});
+            multiply(plan, ConvPanels(product, threads), values, {dy, dy_strides}, {nullptr, kIdentity, nullptr},
+                     {dx, dx_strides});
     }
     return kOk;
 }

@@ -22,6 +22,8 @@
 
 #include <cstdint>
 
+#include "api.h"
+
 namespace sk {
 
 constexpr int64_t kVectorRow = 16;
@@ -69,6 +71,8 @@ struct ConvUnstructuredTable {
     // packed -> y; positions outside are dropped. Reads whole vectors of channels, as pack writes them.
     void (*unpack)(const float* packed, int64_t stride_c, int64_t channels, const ConvVectorRow* rows, int64_t count,
                    float* y);
+    // y = activation(y), `count` floats; a multiple of 16.
+    void (*activate)(Activation activation, float* y, int64_t count);
     // The stream of some rows: addresses, and values where weights is not null. place [tiles] is scratch.
     void (*fill)(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
                  int32_t* place);

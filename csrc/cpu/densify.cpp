@@ -4,12 +4,11 @@
 
 #include "api.h"
 #include "cpu/parallel.h"
+#include "cpu/sides.h"
 
 namespace sk {
 
 namespace {
-
-bool is_side(int64_t side) { return side == 1 || side == 4 || side == 8 || side == 16 || side == 32 || side == 64; }
 
 bool valid(const BlockIndex& w, const DenseLayout& d, int64_t bytes, int64_t threads) {
     return is_side(w.bh) && is_side(w.bw) && w.out > 0 && w.in > 0 && d.taps > 0 && w.nnzb >= 0 && threads > 0 &&

@@ -2,6 +2,7 @@
 #include "cpu/linear_block.h"
 
 #include "cpu/dispatch.h"
+#include "cpu/sides.h"
 
 SK_DECLARE_TABLE(LinearBlockTable<float>, linear_block_table)
 SK_DECLARE_BF16_TABLE(LinearBlockTable<bf16>, linear_block_table)
@@ -9,8 +10,6 @@ SK_DECLARE_BF16_TABLE(LinearBlockTable<bf16>, linear_block_table)
 namespace sk {
 
 namespace {
-
-bool is_side(int64_t side) { return side == 1 || side == 4 || side == 8 || side == 16 || side == 32 || side == 64; }
 
 // The kernels for activations of type T, or null where this CPU has none for these blocks.
 template <class T>

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from .._native import native
 from ..topology import WeightIndex
 from . import _cpu_block
-from ._cpu_conv_unstructured import conv_shape
+from ._cpu_conv import conv_shape, image_strides, side_by_side
 from ._cpu_launch import launch, native_index
 from .reference import memory_format
 from .registry import ConvGeometry
@@ -30,16 +29,35 @@ def has_bf16(index: WeightIndex) -> bool:
 
 def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
     """`Y [N, out, H', W'] = conv(X, W) + bias` in the memory format of `x`."""
+    return activated(x, values, index, bias, conv, 0, False)[0]
+
+
+def activated(
+    x: Tensor,
+    values: Tensor,
+    index: WeightIndex,
+    bias: Tensor | None,
+    conv: ConvGeometry,
+    activation: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`activation(spmm(…))` and, where kept, what the activation is given, in the same form; else an empty second."""
     shape, form = [x.shape[0], index.out, *conv.output_size(x.shape[2], x.shape[3])], memory_format(x)
     x, conv = _taken(x, conv)
     rows = _rows(x, conv)
     if rows is not None and form == torch.channels_last:
-        return _images(_cpu_block.spmm(rows, values, index, bias), shape)
+        pre = x.new_empty([rows.shape[0], index.out] if keep else [0])
+        y = _cpu_block.spmm(rows, values, index, bias, activation, pre if keep else None)
+        return _images(y, shape), _images(pre, shape) if keep else pre
     x = _addressable(x)
     y = _output(x, shape, form)
+    pre = torch.empty_like(y) if keep else x.new_empty(0)
     w, sizes = native_index(index), conv_shape(x, conv)
-    launch(_typed("conv_block_spmm", x), (w, sizes), w, sizes, values, x, _strides(x), bias, y, _strides(y))
-    return y.contiguous(memory_format=form)
+    launch(
+        _typed("conv_block_spmm", x), (w, sizes),
+        w, sizes, values, x, image_strides(x), bias, activation, pre if keep else None, y, image_strides(y),
+    )  # fmt: skip
+    return y.contiguous(memory_format=form), pre.contiguous(memory_format=form) if keep else pre
 
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
@@ -51,7 +69,7 @@ def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x
     dy = _addressable(dy)
     dx = _output(dy, shape, form)
     w, sizes = native_index(index), conv_shape(dx, conv)
-    launch(_typed("conv_block_spmm_t", dy), (w, sizes), w, sizes, values, dy, _strides(dy), dx, _strides(dx))
+    launch(_typed("conv_block_spmm_t", dy), (w, sizes), w, sizes, values, dy, image_strides(dy), dx, image_strides(dx))
     return dx.contiguous(memory_format=form)
 
 
@@ -64,7 +82,7 @@ def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tens
     x, dy = _addressable(x.float()), _addressable(dy.float())
     dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
     w, sizes = native_index(index), conv_shape(x, conv)
-    launch("conv_block_sddmm", (w, sizes), w, sizes, dy, _strides(dy), x, _strides(x), dvalues)
+    launch("conv_block_sddmm", (w, sizes), w, sizes, dy, image_strides(dy), x, image_strides(x), dvalues)
     return dvalues
 
 
@@ -81,19 +99,9 @@ def backward(
     dvalues = x.new_empty(index.nnzb, index.bh, index.bw)
     dbias = x.new_empty(index.out) if want_bias else None
     x, dy = _addressable(x), _addressable(dy)
-    images = dy, _strides(dy), x, _strides(x), dx, _strides(dx)
+    images = dy, image_strides(dy), x, image_strides(x), dx, image_strides(dx)
     launch("conv_block_backward", (w, sizes), w, sizes, values, *images, dvalues, dbias)
     return dx, dvalues, dbias
-
-
-def dense_grad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
-    """The dense weight gradient, tap-major: `[out, taps · in]`, by oneDNN."""
-    out, in_ = dy.shape[1], x.shape[1]
-    weight = x.new_empty(out, in_, *conv.kernel)  # only its shape is read
-    _, grad, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1, [False, True, False]
-    )
-    return grad.permute(0, 2, 3, 1).reshape(out, -1)
 
 
 def _taken(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
@@ -111,7 +119,7 @@ def _addressable(x: Tensor) -> Tensor:
     """`x`, or a copy of it where neither its channels nor its columns lie side by side; in bf16 its channels must."""
     if x.dtype == torch.bfloat16:
         return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-    return x if 1 in _side_by_side(x) else x.contiguous()
+    return x if 1 in side_by_side(x) else x.contiguous()
 
 
 def _output(like: Tensor, shape: Sequence[int], form: torch.memory_format) -> Tensor:
@@ -121,18 +129,6 @@ def _output(like: Tensor, shape: Sequence[int], form: torch.memory_format) -> Te
 
 def _typed(launcher: str, x: Tensor) -> str:
     return f"{launcher}_bf16" if x.dtype == torch.bfloat16 else launcher
-
-
-def _strides(image: Tensor) -> Any:
-    """The `ImageStrides` of csrc/api.h."""
-    channels, columns = _side_by_side(image)
-    return native().ImageStrides(image.stride(0), channels, image.stride(2), columns)
-
-
-def _side_by_side(image: Tensor) -> tuple[int, int]:
-    """Strides of the channels and of the columns; a single one lies side by side, whatever stride it has."""
-    channels = 1 if image.shape[1] == 1 else image.stride(1)
-    return channels, 1 if image.shape[3] == 1 and channels != 1 else image.stride(3)
 
 
 def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
 from .._native import native
 from ..topology import Topology, WeightIndex
+from ._cpu_conv import conv_shape, dense_grad, image_strides
 from ._cpu_launch import check, launch, native_index, workspace
 from .reference import memory_format
 from .registry import ConvGeometry
@@ -51,18 +50,35 @@ def has_bf16(index: WeightIndex) -> bool:
 
 def spmm(x: Tensor, values: Tensor, index: WeightIndex, bias: Tensor | None, conv: ConvGeometry) -> Tensor:
     """`Y [N, out, H', W'] = gather(X) · Wᵀ + bias`, in the memory format of x."""
+    return activated(x, values, index, bias, conv, 0, False)[0]
+
+
+def activated(
+    x: Tensor,
+    values: Tensor,
+    index: WeightIndex,
+    bias: Tensor | None,
+    conv: ConvGeometry,
+    activation: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`activation(spmm(…))` and, where kept, what the activation is given, in the same form; else an empty second."""
     w, shape, runs = native_index(index), conv_shape(x, conv), _runs(index, "by_row")
     size = [x.shape[0], index.out, *conv.output_size(x.shape[2], x.shape[3])]
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    launch("conv_unstructured_spmm", (w, shape), w, runs, values, shape, x, strides(x), bias, y, strides(y))
-    return y
+    pre = torch.empty_like(y) if keep else x.new_empty(0)
+    launch(
+        "conv_unstructured_spmm", (w, shape),
+        w, runs, values, shape, x, image_strides(x), bias, activation, pre if keep else None, y, image_strides(y),
+    )  # fmt: skip
+    return y, pre
 
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
     """`dX = scatter(dY · W)` in the shape and memory format of `x_like`."""
     w, shape, runs = native_index(index, transposed=True), conv_shape(x_like, conv), _runs(index, "by_col")
     dx = torch.empty_like(x_like, memory_format=memory_format(x_like))
-    launch("conv_unstructured_spmm_t", (w, shape), w, runs, values, shape, dy, strides(dy), dx, strides(dx))
+    launch("conv_unstructured_spmm_t", (w, shape), w, runs, values, shape, dy, image_strides(dy), dx, image_strides(dx))
     return dx
 
 
@@ -70,36 +86,13 @@ def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tens
     """`dW [nnz, 1, 1] = dYᵀ · gather(X)` at the active positions."""
     w, shape, runs = native_index(index), conv_shape(x, conv), _runs(index, "by_row")
     dvalues = x.new_empty(index.nnzb, 1, 1)
-    launch("conv_unstructured_sddmm", (w, shape), w, runs, shape, dy, strides(dy), x, strides(x), dvalues)
+    launch("conv_unstructured_sddmm", (w, shape), w, runs, shape, dy, image_strides(dy), x, image_strides(x), dvalues)
     return dvalues
 
 
 def block_scores(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
-    """Squares of all elements of `dYᵀ · gather(X)`, `[out, taps * in]`: every one is wanted, so the dense library's
-    weight gradient is the fastest kernel there is."""
-    shape = [index.out, index.in_, *conv.kernel]
-    grad = conv2d_weight(x, shape, dy, conv.stride, conv.padding, conv.dilation)
-    return grad.permute(0, 2, 3, 1).reshape(index.out, index.taps * index.in_).square_()
-
-
-def conv_shape(x: Tensor, conv: ConvGeometry) -> Any:
-    """The `ConvShape` of csrc/api.h for an input like `x [N, C, H, W]`."""
-    height, width = x.shape[2:]
-    return native().ConvShape(
-        x.shape[0],
-        height,
-        width,
-        *conv.output_size(height, width),
-        *conv.kernel,
-        *conv.stride,
-        *conv.padding,
-        *conv.dilation,
-    )
-
-
-def strides(image: Tensor) -> Any:
-    """The `ImageStrides` of csrc/api.h."""
-    return native().ImageStrides(*image.stride())
+    """Squares of all elements of `dYᵀ · gather(X)`, `[out, taps * in]`."""
+    return dense_grad(dy, x, conv).square_()
 
 
 def _runs(index: WeightIndex, name: str) -> Tensor:

@@ -22,6 +22,7 @@ from ..activations import ACTIVATIONS
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
+from ._cpu_conv import dense_grad
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
 
 # Of the gradient panel of a convolution in block_scores, at most: oneDNN and what calls it hold seven of its size,
@@ -98,11 +99,12 @@ class CpuBackend(Backend):
         keep: bool,
         conv: ConvGeometry | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if conv is not None or _converts(x, index, conv):
+        if _converts(x, index, conv):
             return super().product_forward(x, values, index, bias, activation, keep, conv)
-        offset = None if bias is None else bias.float()
+        offset, code = None if bias is None else bias.float(), ACTIVATIONS[activation].code
+        if conv is not None:
+            return _conv(index).activated(x, values.float(), index, offset, conv, code, keep)
         pre = x.new_empty([x.shape[0], index.out] if keep else [0])
-        code = ACTIVATIONS[activation].code
         return _linear(index).spmm(x, values.float(), index, offset, code, pre if keep else None), pre
 
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
@@ -118,7 +120,7 @@ class CpuBackend(Backend):
         for first in range(0, index.row_blocks, panel):
             last = min(first + panel, index.row_blocks)
             rows = slice(first * index.bh, min(last * index.bh, index.out))
-            grad = _cpu_conv_block.dense_grad(dy[:, rows].float(), x, conv)
+            grad = dense_grad(dy[:, rows].float(), x, conv)
             grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
             missing = (last - first) * index.bh - grad.shape[0]
             if missing or per_tap != index.in_:

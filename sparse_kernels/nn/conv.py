@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..activations import ACTIVATIONS, check_activation
 from ..backends import ConvGeometry
 from ..patterns import Pattern, parse_pattern
 from ..topology import Topology
@@ -54,6 +55,7 @@ class SparseConv(SparseLayer):
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
         rescale: bool = False,
+        activation: str | None = None,
     ) -> None:
         with torch.device("meta"):  # checks and normalises the arguments as torch does
             twin: Any = self.twin
@@ -66,13 +68,20 @@ class SparseConv(SparseLayer):
         where = topology.crow.device
         values = nn.Parameter(torch.empty(topology.nnzb, block.bh, block.bw, device=where, dtype=dtype))
         offset = nn.Parameter(torch.empty(out_channels, device=where, dtype=dtype)) if bias else None
-        self._assemble(dense, topology, values, offset)
+        self._assemble(dense, topology, values, offset, activation)
         self.reset_parameters(generator, rescale=rescale)
 
     def _assemble(
-        self, dense: nn.Conv1d | nn.Conv2d, topology: Topology, values: nn.Parameter, bias: nn.Parameter | None
+        self,
+        dense: nn.Conv1d | nn.Conv2d,
+        topology: Topology,
+        values: nn.Parameter,
+        bias: nn.Parameter | None,
+        activation: str | None,
     ) -> None:
         SparseLayer.__init__(self)
+        check_activation(type(self).__name__, activation)
+        self.activation = activation
         self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
         self.kernel_size, self.stride, self.dilation = dense.kernel_size, dense.stride, dense.dilation
         self.padding, self.output_padding = dense.padding, dense.output_padding
@@ -93,12 +102,13 @@ class SparseConv(SparseLayer):
         generator: torch.Generator | None = None,
         init: str = "random",
         rescale: bool = False,
+        activation: str | None = None,
     ) -> SparseConv:
         """The sparse layer that keeps a part of a dense one's weights, each with its value; the bias is copied.
 
         Args:
             module: the dense twin; it is not changed and shares nothing with the result.
-            pattern, sparsity, generator, rescale: as for the class.
+            pattern, sparsity, generator, rescale, activation: as for the class.
             init: which blocks are kept: `"random"`, or `"magnitude"` for those of largest RMS.
 
         Raises:
@@ -122,11 +132,12 @@ class SparseConv(SparseLayer):
             rescale=rescale,
         )
         layer = cls.__new__(cls)
-        layer._assemble(module, topology, values, copy_parameter(module.bias))
+        layer._assemble(module, topology, values, copy_parameter(module.bias), activation)
         return layer.train(module.training)
 
-    def to_dense(self) -> nn.Conv1d | nn.Conv2d:
-        """An ordinary torch.nn convolution that computes the same function."""
+    def to_dense(self) -> nn.Conv1d | nn.Conv2d | nn.Sequential:
+        """An ordinary torch.nn convolution that computes the same function; the first of an nn.Sequential before an
+        activation."""
         with torch.device("meta"):
             twin: Any = self.twin
             dense: nn.Conv1d | nn.Conv2d = twin(
@@ -141,7 +152,9 @@ class SparseConv(SparseLayer):
         weight = self.dense_weight().detach().contiguous()
         dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         dense.register_parameter("bias", copy_parameter(self.bias))
-        return dense.train(self.training)
+        if self.activation is None:
+            return dense.train(self.training)
+        return nn.Sequential(dense, ACTIVATIONS[self.activation].module()).train(self.training)
 
     def dense_weight(self) -> Tensor:
         """The weight `[out, in, *kernel_size]` with zeros where it is absent, made anew; differentiable."""
@@ -176,6 +189,7 @@ class SparseConv(SparseLayer):
             self.topology,
             self.bias,
             conv=self._geometry,
+            activation=self.activation,
             score_tap=self._tap("values"),
             backend=self._execution,
         )
@@ -188,7 +202,8 @@ class SparseConv(SparseLayer):
             text += f", padding={self.padding}"
         if self.dilation != (1,) * self.spatial:
             text += f", dilation={self.dilation}"
-        return f"{text}, bias={self.bias is not None}, {self._summary()}"
+        activation = f", activation={self.activation}" if self.activation else ""
+        return f"{text}, bias={self.bias is not None}{activation}, {self._summary()}"
 
 
 _ARGS = """
@@ -199,21 +214,26 @@ _ARGS = """
         sparsity: fraction of absent weights in [0, 1]; 0.0 keeps every block.
         generator: draws the topology and the values; torch's global one by default.
         rescale: draws the values `1/√density` wider. Off by default, as for SparseLinear.
+        activation: None, `"relu"`, `"silu"`, `"gelu"` or `"gelu_tanh"`, applied to the result while it is close.
+
+    The result has the memory format of the input: channels_last for channels_last, contiguous for contiguous. Both are
+    computed as they are; blocks are quickest in channels_last, unstructured weights in contiguous images.
 
     Attributes:
         values: parameter `[nnzb, bh, bw]`, the active blocks by slot. topology: their index set, with its taps.
         bias: parameter `[out_channels]` or None. execution: the backend that runs the layer (see `SparseLayer`).
 
     Raises:
-        ValueError: groups or a padding mode that is not served, a pattern that cannot cut the weight, or a sparsity
-            outside [0, 1].
+        ValueError: groups or a padding mode that is not served, a pattern that cannot cut the weight, a sparsity
+            outside [0, 1], or an unknown activation.
 """
 
 
 class SparseConv1d(SparseConv):
     __doc__ = f"""A 1-D convolution with a weight `[out, in, K]` of which a fraction `sparsity` is absent.
 
-    Equivalent to: `F.conv1d(x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation)`.
+    Equivalent to: `F.conv1d(x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation)`,
+    with the activation, if any, on top.
     {_ARGS.format(twin="torch.nn.Conv1d")}"""
 
     spatial = 1
@@ -223,7 +243,8 @@ class SparseConv1d(SparseConv):
 class SparseConv2d(SparseConv):
     __doc__ = f"""A 2-D convolution with a weight `[out, in, R, S]` of which a fraction `sparsity` is absent.
 
-    Equivalent to: `F.conv2d(x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation)`.
+    Equivalent to: `F.conv2d(x, layer.dense_weight(), layer.bias, layer.stride, layer.padding, layer.dilation)`,
+    with the activation, if any, on top.
     {_ARGS.format(twin="torch.nn.Conv2d")}"""
 
     spatial = 2

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activations import check_activation
 from ..backends import registry
 from ..backends.reference import memory_format
 from ..backends.registry import ConvGeometry
 from ..patterns import Block
 from ..topology import Topology, WeightIndex
 from .common import (
+    ActivatedProductAutograd,
     ProductAutograd,
     check_bias,
     check_tap,
@@ -88,6 +90,39 @@ def _forward_fake(
     return _like(x, _output_shape(x, shape, geometry))
 
 
+def _activated(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    score_tap: Tensor | None,
+    index: Sequence[Tensor],
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    activation: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    where, conv, size = WeightIndex.unpack(index, shape), _geometry(geometry), _output_shape(x, shape, geometry)
+    y, pre = _backend(backend, x, shape).product_forward(x, values, where, bias, activation, keep, conv)
+    return _in_format(y, x, size), _in_format(pre, x, size) if keep else pre
+
+
+def _activated_fake(
+    x: Tensor,
+    values: Tensor,
+    bias: Any,
+    score_tap: Any,
+    index: Any,
+    shape: Sequence[int],
+    geometry: Sequence[int],
+    activation: str,
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    size = _output_shape(x, shape, geometry)
+    return _like(x, size), _like(x, size) if keep else x.new_empty([0])
+
+
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -129,6 +164,12 @@ _conv2d = define(
     _forward,
     _forward_fake,
 )
+_conv2d_activated = define(
+    "conv2d_activated(Tensor x, Tensor values, Tensor? bias, Tensor? score_tap, Tensor[] index, int[] shape,"
+    " int[] geometry, str activation, bool keep, str backend) -> (Tensor, Tensor)",
+    _activated,
+    _activated_fake,
+)
 _conv2d_backward = define(
     "conv2d_backward(Tensor dy, Tensor x, Tensor values, Tensor[] index, int[] shape, int[] geometry, bool[] needs,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -138,9 +179,11 @@ _conv2d_backward = define(
 
 
 register_autograd(_conv2d, lambda forward, *given: ProductAutograd.apply(forward, _conv2d_backward, *given))
-register_autocast(
-    _conv2d, "conv", lambda x, values, bias, tap, index, shape, geometry, backend: Block(shape[3], shape[4])
+register_autograd(
+    _conv2d_activated, lambda forward, *given: ActivatedProductAutograd.apply(forward, _conv2d_backward, *given)
 )
+for _op in (_conv2d, _conv2d_activated):
+    register_autocast(_op, "conv", lambda x, values, bias, tap, index, shape, *_: Block(shape[3], shape[4]))
 
 
 def conv2d(
@@ -150,10 +193,11 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     conv: ConvGeometry,
+    activation: str | None = None,
     score_tap: Tensor | None = None,
     backend: str,
 ) -> Tensor:
-    """Sparse 2-D convolution; equivalent to `F.conv2d` with the scattered weight.
+    """Sparse 2-D convolution; equivalent to `F.conv2d` with the scattered weight and the activation on top.
 
     `topology.scatter(values).view(out, R, S, in).permute(0, 3, 1, 2)` is that weight. A 1-D convolution is one of
     height 1.
@@ -161,15 +205,16 @@ def conv2d(
     Args:
         x: `[N, in, H, W]`, floating point, any strides. values: `[nnzb, bh, bw]` contiguous.
         topology: the index set of the weight, `taps = R · S`. bias: `[out]` or None.
-        conv: kernel, stride, padding and dilation. score_tap, backend: as for `linear`.
+        conv: kernel, stride, padding and dilation. activation, score_tap, backend: as for `linear`.
 
     Returns:
         `[N, out, H', W']` in the memory format of `x` (channels_last in, channels_last out).
 
     Raises:
-        ValueError: shapes or devices that do not match. TypeError: not floating point.
+        ValueError: shapes or devices that do not match, an unknown activation. TypeError: not floating point.
         RuntimeError: the backend cannot run this.
     """
+    check_activation("conv2d", activation)
     check_values("conv2d", x, values, topology)
     if x.dim() != 4 or x.shape[1] != topology.in_:
         raise ValueError(
@@ -186,4 +231,7 @@ def conv2d(
         raise ValueError(f"conv2d: the kernel does not fit the input: {list(x.shape)} gives output {height}x{width}.")
     check_bias("conv2d", x, bias, topology.out)
     check_tap("conv2d", score_tap, topology)
-    return _conv2d(x, values, bias, score_tap, topology.index(backend), topology.shape, _flatten(conv), backend)
+    where = topology.index(backend), topology.shape, _flatten(conv)
+    if activation is None:
+        return _conv2d(x, values, bias, score_tap, *where, backend)
+    return _conv2d_activated(x, values, bias, score_tap, *where, activation, False, backend)[0]

@@ -26,8 +26,8 @@ static int64_t spmm_workspace(const BlockIndex& w, const ConvShape& c, bool tran
 }
 
 static void spmm(const BlockIndex& w, const ConvShape& c, bool transposed, const float* values, const element* x,
-                 const ImageStrides& x_strides, const float* bias, element* y, const ImageStrides& y_strides,
-                 int64_t threads, void* workspace) {
+                 const ImageStrides& x_strides, const Epilogue<element>& epilogue, element* y,
+                 const ImageStrides& y_strides, int64_t threads, void* workspace) {
     const int64_t phases_h = transposed ? c.stride_h : 1, phases_w = transposed ? c.stride_w : 1;
     for (int64_t phase = 0; phase < phases_h * phases_w; ++phase) {
         const int64_t phase_h = phase / phases_w, phase_w = phase % phases_w;
@@ -37,7 +37,7 @@ static void spmm(const BlockIndex& w, const ConvShape& c, bool transposed, const
         if (!plan_product(w, c, transposed, transposed ? phase_h : -1, transposed ? phase_w : -1, threads, arena, a,
                           space))
             continue;
-        a.values = values, a.src = x, a.src_strides = x_strides, a.bias = bias;
+        a.values = values, a.src = x, a.src_strides = x_strides, a.epilogue = epilogue;
         a.dst = y + phase_h * y_strides.h + phase_w * y_strides.w, a.dst_strides = y_strides;
         a.dst_strides.h *= phases_h, a.dst_strides.w *= phases_w;
         run_product(w, transposed, a, space, threads);
@@ -147,7 +147,7 @@ static void backward(const BlockIndex& w, const ConvShape& c, const float* value
     BackwardPlan b = plan_backward(w, c, threads, arena);
     ConvProduct& a = b.product;
     const ConvSddmmPlan& p = b.grad;
-    a.values = values, a.src = dy, a.src_strides = dy_strides, a.bias = nullptr, a.dst = dx, a.dst_strides = dx_strides;
+    a.values = values, a.src = dy, a.src_strides = dy_strides, a.dst = dx, a.dst_strides = dx_strides;
     prepare_product(w, true, a, b.space);
     place_strips(p);
     const int64_t slices = a.slices.image_parts * a.slices.row_parts;

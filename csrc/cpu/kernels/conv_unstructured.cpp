@@ -1,6 +1,7 @@
 // Unstructured convolution: the inner loops. The blocking is drawn in csrc/cpu/conv_unstructured.h.
 #include "cpu/conv_unstructured.h"
 
+#include "cpu/activation.h"
 #include "cpu/simd.h"
 #include "cpu/stream.h"
 
@@ -383,7 +384,12 @@ static void sddmm_tile(const ConvRun* runs, int64_t count, const uint16_t* local
     if (height == 1) sddmm_rows<1 * kRow, 1 * kRow>(runs, count, locals, x, dy, 0, end, first, sums);
 }
 
+static void activate_floats(Activation activation, float* y, int64_t count) {
+    activate(activation, y, nullptr, count, 1, count);
+}
+
 extern const ConvUnstructuredTable conv_unstructured_table;
-const ConvUnstructuredTable conv_unstructured_table = {pack, unpack, fill, scatter, spmm_tile, sddmm_tile};
+const ConvUnstructuredTable conv_unstructured_table = {pack,    unpack,    activate_floats, fill,
+                                                       scatter, spmm_tile, sddmm_tile};
 
 }  // namespace sk::SK_ISA
