@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -30,6 +31,7 @@ ROTATED_BYTES = 2 * 60 * 2**20  # twice an H200's L2 cache
 MOST_SETS = 8
 TOLERANCE = 1e-2  # of the largest element: operands are bf16 on both sides, sums fp32
 LIMIT_MIB = 16.0  # of the scores
+TORCH_BSR = "torch BSR (Triton)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,13 @@ def prepare(product: Product, backend: str, variants: tuple[Variant, ...], *, de
     dense = _dense(operands, generator)
     label = "cuDNN channels_last" if product.kernel else "cuBLAS"
     name = "dW" if product.passes == SCORES else label
+    named: dict[str, str] = {}
     ours = {
-        variant: attempt(partial(_ours, operands, backends.get(backend), variant, generator)) for variant in variants
+        variant: attempt(partial(_ours, operands, backends.get(backend), variant, generator, named))
+        for variant in variants
     }
-    return Prepared({name: dense}, (Rival("D1", f"D1 {name}", (name,), label),), ours, device=device, calls=sets)
+    rivals = (Rival("D1", f"D1 {name}", (name,), label),)
+    return Prepared({name: dense}, rivals, ours, named=named, device=device, calls=sets)
 
 
 def _dense(operands: Operands, generator: torch.Generator) -> Callable[[], Tensor]:
@@ -126,7 +131,10 @@ def _dense(operands: Operands, generator: torch.Generator) -> Callable[[], Tenso
     return convolve
 
 
-def _ours(operands: Operands, backend: Backend, variant: Variant, generator: torch.Generator) -> Ours:
+def _ours(
+    operands: Operands, backend: Backend, variant: Variant, generator: torch.Generator, named: dict[str, str]
+) -> Ours:
+    """`named` takes the peers that do not take part, and why."""
     product, device = operands.product, operands.x[0].device
     pattern = parse_pattern(variant.pattern)
     op = "conv" if product.kernel else "linear"
@@ -167,6 +175,9 @@ def _ours(operands: Operands, backend: Backend, variant: Variant, generator: tor
             made, _expected(product, topology, values, operands.x[0], operands.dy[0]), product.passes, TOLERANCE
         )
 
+    peer, reason = torch_bsr(operands, topology, values)
+    if reason:
+        named[f"{TORCH_BSR}, {variant.name}"] = reason
     scores = product.passes == SCORES
     nonzeros = [topology.out * topology.in_] * topology.taps if scores else tap_nonzeros(topology)
     weights = 4 * topology.row_blocks * topology.col_blocks if scores else values.nbytes
@@ -178,8 +189,38 @@ def _ours(operands: Operands, backend: Backend, variant: Variant, generator: tor
         flops=2.0 * products(operands.x[0], nonzeros),
         moved=float(2 * operands.x[0].nbytes + (2 * weights if product.passes == WEIGHT else weights)),
         limit_mib=LIMIT_MIB if scores else None,
+        peers={} if peer is None else {TORCH_BSR: peer},
         extra={"backend": backend.name},
     )
+
+
+def torch_bsr(operands: Operands, topology: Topology, values: Tensor) -> tuple[Callable[[], Tensor] | None, str]:
+    """The product by torch's BSR tensors (Triton kernels on a GPU), checked and to be timed; or None, and why not."""
+    product, pairs = operands.product, operands.pairs()
+    if product.kernel or product.passes == SCORES:
+        return None, f"torch.sparse has no {'convolution' if product.kernel else 'scores'}"
+    block = (topology.pattern.bh, topology.pattern.bw)
+    dense = topology.scatter(values)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta", category=UserWarning)
+            weight = dense.to_sparse_bsr(block) if product.passes != INPUT else dense.T.to_sparse_bsr(block[::-1])
+
+        def run() -> Tensor:
+            x, dy = next(pairs)
+            if product.passes == WEIGHT:
+                return torch.sparse.sampled_addmm(weight, dy.T, x, beta=0.0).values()
+            return F.linear(x if product.passes == FORWARD else dy, weight)
+
+        made = run()
+        expected = _expected(product, topology, values, operands.x[0], operands.dy[0])
+        if product.passes == WEIGHT:  # its values are in row-major order of the blocks
+            expected = expected[topology.slot.long()]
+        check_close(made, expected, f"{TORCH_BSR}'s {product.passes}", TOLERANCE)
+    # A peer that breaks is named with what it said; it must not end the measurement of ours.
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return run, ""
 
 
 def _expected(product: Product, topology: Topology, values: Tensor, x: Tensor, dy: Tensor) -> Tensor:

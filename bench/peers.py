@@ -28,7 +28,7 @@ FORWARD, TRAINING = "forward", "forward + backward"
 
 # What people would also look for, and why it has no row here.
 ELSEWHERE = {
-    "stk": "CUDA only (Triton kernels for MegaBlocks, fp16)",
+    "stk": "CUDA only (Triton kernels for MegaBlocks, fp16), and blocks of 128 only",
     "cuSPARSELt, torch 2:4 semi-structured": "NVIDIA GPUs only, and 2:4 only",
     "torch-blocksparse, triton.ops.blocksparse": "CUDA only, and gone from current Triton",
     "pytorch_block_sparse": "CUDA only (CUTLASS), unmaintained",
