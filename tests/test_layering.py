@@ -26,6 +26,7 @@ LAYERS = {
     "sparse_kernels.patterns": 0,
     "sparse_kernels.index": 1,
     "sparse_kernels.topology": 1,
+    "sparse_kernels.row_groups": 1,
     "sparse_kernels.reference": 1,
     "sparse_kernels.allocation": 1,
     "sparse_kernels.backends": 2,

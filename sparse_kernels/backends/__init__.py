@@ -1,6 +1,6 @@
 """Backends that execute the sparse ops. Importing this package registers those that ship with it."""
 
-from . import cpu, densified, reference
+from . import cpu, densified, reference, triton
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, choose, get, names, register, require, why_not
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "reference",
     "register",
     "require",
+    "triton",
     "why_not",
 ]
