@@ -63,18 +63,21 @@ void advise_huge_pages(void* buffer, int64_t bytes);
 int64_t transposed_slots_workspace_bytes(const BlockIndex& w, int64_t threads);
 int transposed_slots(const BlockIndex& w, int32_t* slot_t, int64_t threads, void* workspace);
 
-// Where element (o, t, i) of a dense weight [out, taps, in] lies: at o * out_stride + t * tap_stride + i * in_stride.
-// The weight is one contiguous piece of memory; in elements.
+// Where element (o, t, i) of a dense weight [out, taps, in] lies, in elements: at o * out_stride + t * tap_stride +
+// i * in_stride where tile is 0. With a tile of 32 it lies as in the values of a full weight of 32 x 32 blocks whose
+// slots are in the order of rows: [out / 32, taps, in / 32, 32, 32], edges padded with zeros; the strides are not read.
+// The weight is one contiguous piece of memory.
 struct DenseLayout {
-    int64_t taps, out_stride, tap_stride, in_stride;
+    int64_t taps, out_stride, tap_stride, in_stride, tile;
 };
 
 // The dense weight of values [nnzb, bh, bw], absent blocks zero; and the active blocks of a dense weight, padding zero.
-// w.in counts the inputs of one tap. Elements have 2, 4 or 8 bytes.
-int densify(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* values, void* dense,
-            int64_t threads);
-int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* dense, void* values,
-                  int64_t threads);
+// w.in counts the inputs of one tap. Elements of values and of the weight have equally many bytes, 2, 4 or 8, and are
+// copied; or 4 and 2: fp32 values and a bf16 weight, to which they are rounded.
+int densify(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes, int64_t dense_bytes,
+            const void* values, void* dense, int64_t threads);
+int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes, int64_t dense_bytes,
+                  const void* dense, void* values, int64_t threads);
 
 // Block-CSR linear, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any row
 // stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,

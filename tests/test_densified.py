@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import Block, SparseLinear, Topology, _native, testing
+from sparse_kernels import Block, SparseConv2d, SparseLinear, Topology, _native, parse_pattern, testing
 from sparse_kernels.backends import ConvGeometry, densified
+from sparse_kernels.index import WeightIndex
 
 SHAPES = [(64, 128, 1), (37, 50, 1), (33, 70, 6)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
+native = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
 
 
 def tap_major(weight: Tensor) -> Tensor:
@@ -40,6 +44,65 @@ def test_scatter_and_gather(name: str, pattern: Block, shape: tuple[int, int, in
                 with testing.poisoned_buffers():
                     gathered = densified.gather(source, index)
                 assert torch.equal(gathered, topology.gather(dense.to(dtype)))
+
+
+@native
+@pytest.mark.parametrize("name", testing.TOPOLOGIES)
+@pytest.mark.parametrize("pattern", testing.PATTERNS, ids=str)
+@pytest.mark.parametrize("shape", [(64, 128, 1), (61, 70, 6)], ids=str)
+def test_tiles_are_the_values_of_a_full_weight(name: str, pattern: Block, shape: tuple[int, int, int]) -> None:
+    out, in_, taps = shape
+    topology = testing.TOPOLOGIES[name](out, in_, pattern, taps)
+    index, values = topology.weight_index(), testing.random_values(topology)
+    tiled = Topology.full(out, in_, Block(32, 32), taps=taps)
+    with testing.poisoned_buffers():
+        full, tiles = densified._tiles(values, index)
+    assert all(torch.equal(a, b) for a, b in zip(tiled.index(), _tensors(full), strict=True))
+    assert torch.equal(tiles, tiled.gather(topology.scatter(values)))
+    source = tiled.gather(torch.randn(out, taps * in_))
+    with testing.poisoned_buffers():
+        gathered = values.new_empty(values.shape)
+        densified._copy("gather_blocks", index, densified._tiled(index), source, gathered)
+    assert torch.equal(gathered, topology.gather(tiled.scatter(source)))
+
+
+def _tensors(index: WeightIndex) -> list[Tensor]:
+    return [index.crow, index.col, index.slot, index.ccol, index.row_t, index.slot_t]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:16x16"])
+def test_bf16_weights_are_rounded_as_torch_rounds(pattern: str) -> None:
+    topology = Topology.random(64, 32, parse_pattern(pattern), 6 if "block" in pattern else 1500)
+    index, values = topology.weight_index(), testing.random_values(topology)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-40, -0.0, 1.00390625, 1.01171875])
+    values.view(-1)[:8] = special
+    weight = densified.scatter(values, index, None, torch.contiguous_format, torch.bfloat16)
+    torch.testing.assert_close(weight, topology.scatter(values.bfloat16()), rtol=0, atol=0, equal_nan=True)
+    found = densified.gather(weight, index, torch.float32)
+    torch.testing.assert_close(found, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@native
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_convolutions_of_few_and_of_many_positions(
+    batch: int, kernel: tuple[int, int], form: torch.memory_format
+) -> None:
+    layer = SparseConv2d(61, 64, kernel, stride=1 if kernel == (1, 1) else 2, pattern="unstructured", sparsity=0.3)
+    layer.execution = "densified"
+    x = torch.randn(batch, 61, 19, 22).to(memory_format=form).requires_grad_()
+    serves = densified._densified_tiles.serves(x, layer.topology.weight_index(), layer._geometry)
+    assert serves == (batch == 1 and _native.native().isa_name() != "portable")
+    exact = copy.deepcopy(layer).double()
+    x64 = x.detach().double().requires_grad_()
+    y, expected = layer(x), exact(x64)
+    assert y.is_contiguous(memory_format=form)
+    seed = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *layer.parameters()], seed)
+    wanted = torch.autograd.grad(expected, [x64, *exact.parameters()], seed.double())
+    for a, b in zip([y, *found], [expected, *wanted], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
 
 
 def test_without_the_native_module_the_copies_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
-// The dense weight of block-CSR values, and the active blocks of a dense weight: copies, no arithmetic, so any element
-// of 2, 4 or 8 bytes. Threads own block rows.
+// The dense weight of block-CSR values, and the active blocks of a dense weight: copies of elements of 2, 4 or 8 bytes,
+// or between fp32 values and a bf16 weight. Threads own rows.
+#include <algorithm>
 #include <cstring>
 
 #include "api.h"
@@ -10,117 +11,233 @@ namespace sk {
 
 namespace {
 
-bool valid(const BlockIndex& w, const DenseLayout& d, int64_t bytes, int64_t threads) {
+constexpr int64_t kTile = 32, kTileArea = kTile * kTile;
+// A thread that copies less than this costs more than it saves (10 us to wake it, Zen 5).
+constexpr int64_t kBytesOfAThread = 1 << 18;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool valid(const BlockIndex& w, const DenseLayout& d, int64_t threads) {
     return is_side(w.bh) && is_side(w.bw) && w.out > 0 && w.in > 0 && d.taps > 0 && w.nnzb >= 0 && threads > 0 &&
-           (bytes == 2 || bytes == 4 || bytes == 8);
+           (d.tile == 0 || d.tile == kTile);
 }
 
-// Where an active block lies: its rows' first elements in the dense weight, and how much of it is inside.
-struct Place {
-    int64_t offset, rows, cols;
-};
-
-template <int BW>
-inline Place place(const BlockIndex& w, const DenseLayout& d, int64_t row_block, int32_t col_block) {
-    const int64_t row = row_block * w.bh, rows = w.out - row < w.bh ? w.out - row : w.bh;
-    // Tap-major without edge blocks: a division a block is what unstructured weights would spend most of their time on.
-    if (d.in_stride == 1 && d.tap_stride == w.in && w.in % BW == 0)
-        return {row * d.out_stride + static_cast<int64_t>(col_block) * BW, rows, BW};
-    const uint32_t per_tap = static_cast<uint32_t>((w.in + BW - 1) / BW), block = static_cast<uint32_t>(col_block);
-    const int64_t tap = block / per_tap, col = static_cast<int64_t>(block % per_tap) * BW;
-    const int64_t cols = w.in - col < BW ? w.in - col : BW;
-    return {row * d.out_stride + tap * d.tap_stride + col * d.in_stride, rows, cols};
-}
-
-// BW is the block width of whole blocks, whose copies then have a length that the compiler knows.
-template <class T, int BW>
-void scatter_row(const BlockIndex& w, const DenseLayout& d, const T* values, T* dense, int64_t r) {
-    for (int64_t k = w.crow[r]; k < w.crow[r + 1]; ++k) {
-        const Place p = place<BW>(w, d, r, w.col[k]);
-        const T* block = values + w.slot[k] * w.bh * BW;
-        T* to = dense + p.offset;
-        for (int64_t i = 0; i < p.rows; ++i, block += BW, to += d.out_stride) {
-            if (d.in_stride == 1 && p.cols == BW)
-                std::memcpy(to, block, BW * sizeof(T));
-            else
-                for (int64_t j = 0; j < p.cols; ++j) to[j * d.in_stride] = block[j];
-        }
+// Bits of an element of the one as bits of the other.
+template <class To, class From>
+inline To as(From x) {
+    if constexpr (sizeof(To) == sizeof(From)) {
+        return x;
+    } else if constexpr (sizeof(To) > sizeof(From)) {  // bf16 to fp32
+        return static_cast<To>(x) << 16;
+    } else {  // fp32 to bf16, to the nearest, ties to even; a NaN stays one
+        const bool nan = (x & 0x7fffffffu) > 0x7f800000u;
+        return static_cast<To>(nan ? (x >> 16) | 0x40u : (x + 0x7fffu + ((x >> 16) & 1u)) >> 16);
     }
 }
 
-template <class T, int BW>
-void gather_row(const BlockIndex& w, const DenseLayout& d, const T* dense, T* values, int64_t r) {
-    for (int64_t k = w.crow[r]; k < w.crow[r + 1]; ++k) {
-        const Place p = place<BW>(w, d, r, w.col[k]);
-        T* block = values + w.slot[k] * w.bh * BW;
-        const T* from = dense + p.offset;
-        for (int64_t i = 0; i < w.bh; ++i, block += BW, from += d.out_stride) {
-            const int64_t cols = i < p.rows ? p.cols : 0;
-            if (d.in_stride == 1 && cols == BW) {
-                std::memcpy(block, from, BW * sizeof(T));
-            } else {
-                for (int64_t j = 0; j < cols; ++j) block[j] = from[j * d.in_stride];
-                for (int64_t j = cols; j < BW; ++j) block[j] = 0;
+// V and D are the elements of values and of the dense weight, BW the block width: whole blocks are copied in pieces of
+// a length that the compiler knows.
+template <class V, class D, int BW>
+class Copy {
+public:
+    Copy(const BlockIndex& w, const DenseLayout& layout, V* values, D* dense)
+        : w(w), layout(layout), values(values), dense(dense) {}
+
+    void scatter(int64_t threads) const {
+        const bool rows_are_whole = layout.tile || layout.out_stride == width;
+        if (!rows_are_whole) std::memset(dense, 0, w.out * width * sizeof(D));
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t unit = 0; unit < units; ++unit) {
+            const int64_t first = unit * unit_rows;
+            // Whole rows are cleared by the thread that fills them, while they are in its cache.
+            if (layout.tile && !single)
+                std::memset(at(first, 0, 0), 0, unit_rows * padded_width * sizeof(D));
+            else if (!layout.tile && rows_are_whole && !single)
+                std::memset(at(first, 0, 0), 0, (std::min(w.out, first + unit_rows) - first) * width * sizeof(D));
+            for (int64_t r = first / w.bh; r < (first + unit_rows) / w.bh; ++r) {
+                if (single)
+                    scatter_row(r, rows_are_whole);
+                else if (r < row_blocks)
+                    for (int64_t k = w.crow[r]; k < w.crow[r + 1]; ++k) scatter_block(r, k);
             }
         }
     }
-}
 
-// Where rows of the dense weight are whole, the thread that fills them clears them, while they are in its cache.
-template <class T, int BW>
-void run(const BlockIndex& w, const DenseLayout& d, bool scatter, T* values, T* dense, int64_t threads) {
-    const int64_t row_blocks = (w.out + w.bh - 1) / w.bh, width = d.taps * w.in;
-    if (scatter && d.out_stride != width) std::memset(dense, 0, w.out * width * sizeof(T));
+    void gather(int64_t threads) const {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t r = 0; r < row_blocks; ++r) {
-        if (!scatter) {
-            gather_row<T, BW>(w, d, dense, values, r);
-            continue;
+        for (int64_t r = 0; r < row_blocks; ++r) {
+            if (single)
+                gather_row(r);
+            else
+                for (int64_t k = w.crow[r]; k < w.crow[r + 1]; ++k) gather_block(r, k);
         }
-        const int64_t row = r * w.bh, rows = w.out - row < w.bh ? w.out - row : w.bh;
-        if (d.out_stride == width) std::memset(dense + row * width, 0, rows * width * sizeof(T));
-        scatter_row<T, BW>(w, d, values, dense, r);
     }
+
+private:
+    static constexpr int kPiece = BW < kTile ? BW : kTile;
+
+    D* at(int64_t o, int64_t t, int64_t c) const {
+        if (!layout.tile) return dense + o * layout.out_stride + t * layout.tap_stride + c * layout.in_stride;
+        const int64_t tile = (o / kTile * layout.taps + t) * tiles_per_tap + c / kTile;
+        return dense + tile * kTileArea + o % kTile * kTile + c % kTile;
+    }
+
+    // Calls visit(values, dense, columns inside) for every row of a block and every piece of it that lies together.
+    template <class Visit>
+    void pieces(int64_t r, int64_t k, Visit visit) const {
+        const uint32_t block = static_cast<uint32_t>(w.col[k]);
+        // Without edge blocks tap-major rows are of one kind, which saves a division.
+        const int64_t tap = whole ? 0 : block / per_tap, col = (whole ? block : block % per_tap) * int64_t{BW};
+        const int64_t down = layout.tile ? kTile : layout.out_stride;
+        for (int64_t i = 0; i < w.bh; i += kTile) {
+            const int64_t o = r * w.bh + i, rows = std::min(w.bh - i, kTile), rows_inside = std::min(rows, w.out - o);
+            for (int64_t j = 0; j < BW; j += kPiece) {
+                const int64_t inside = whole ? kPiece : std::clamp<int64_t>(w.in - col - j, 0, kPiece);
+                V* v = values + (w.slot[k] * w.bh + i) * BW + j;
+                D* d = rows_inside > 0 && inside > 0 ? at(o, tap, col + j) : nullptr;
+                for (int64_t n = 0; n < rows; ++n, v += BW, d += down) visit(v, d, n < rows_inside ? inside : 0);
+            }
+        }
+    }
+
+    void scatter_block(int64_t r, int64_t k) const {
+        pieces(r, k, [&](const V* v, D* to, int64_t inside) {
+            if (inside >= kPiece && step == 1)
+                for (int j = 0; j < kPiece; ++j) to[j] = as<D>(v[j]);
+            else
+                for (int64_t j = 0; j < inside; ++j) to[j * step] = as<D>(v[j]);
+        });
+    }
+
+    void gather_block(int64_t r, int64_t k) const {
+        pieces(r, k, [&](V* v, const D* from, int64_t inside) {
+            if (inside >= kPiece && step == 1) {
+                for (int j = 0; j < kPiece; ++j) v[j] = as<V>(from[j]);
+            } else {
+                for (int64_t j = 0; j < inside; ++j) v[j] = as<V>(from[j * step]);
+                for (int64_t j = inside; j < kPiece; ++j) v[j] = 0;
+            }
+        });
+    }
+
+    // Of an unstructured weight a division a nonzero, or a call, would take most of the time. Its columns rise.
+
+    void scatter_row(int64_t o, bool clear) const {
+        int64_t k = o < w.out ? w.crow[o] : w.nnzb;
+        const int64_t end = o < w.out ? w.crow[o + 1] : w.nnzb;
+        if (layout.tile) {
+            for (int64_t t = 0; t < layout.taps; ++t) {
+                for (int64_t c = 0; c < w.in; c += kTile) {
+                    D* to = at(o, t, c);
+                    std::memset(to, 0, kTile * sizeof(D));
+                    const int64_t first = t * w.in + c, last = t * w.in + std::min(w.in, c + kTile);
+                    for (; k < end && w.col[k] < last; ++k) to[w.col[k] - first] = as<D>(values[w.slot[k]]);
+                }
+            }
+            return;
+        }
+        if (o >= w.out) return;
+        D* row = at(o, 0, 0);
+        if (clear) std::memset(row, 0, width * sizeof(D));
+        if (tap_major) {
+            for (; k < end; ++k) row[w.col[k]] = as<D>(values[w.slot[k]]);
+            return;
+        }
+        for (int64_t t = 0; t < layout.taps; ++t) {
+            D* to = at(o, t, 0);
+            for (const int64_t first = t * w.in; k < end && w.col[k] < first + w.in; ++k)
+                to[(w.col[k] - first) * step] = as<D>(values[w.slot[k]]);
+        }
+    }
+
+    void gather_row(int64_t o) const {
+        int64_t k = w.crow[o];
+        const int64_t end = w.crow[o + 1];
+        if (tap_major) {
+            const D* row = at(o, 0, 0);
+            for (; k < end; ++k) values[w.slot[k]] = as<V>(row[w.col[k]]);
+            return;
+        }
+        for (int64_t t = 0; t < layout.taps; ++t) {
+            const D* from = at(o, t, 0);
+            for (const int64_t first = t * w.in; k < end && w.col[k] < first + w.in; ++k) {
+                const int64_t c = w.col[k] - first;
+                values[w.slot[k]] = as<V>(from[layout.tile ? c / kTile * kTileArea + c % kTile : c * step]);
+            }
+        }
+    }
+
+    const BlockIndex& w;
+    const DenseLayout& layout;
+    V* const values;
+    D* const dense;
+    const int64_t width = layout.taps * w.in;
+    const int64_t row_blocks = ceil_div(w.out, w.bh), tiles_per_tap = ceil_div(w.in, kTile);
+    const int64_t padded_width = layout.taps * tiles_per_tap * kTile;
+    const uint32_t per_tap = static_cast<uint32_t>(ceil_div(w.in, BW));
+    const int64_t step = layout.tile ? 1 : layout.in_stride;
+    const bool single = BW == 1 && w.bh == 1;
+    const bool tap_major = !layout.tile && layout.in_stride == 1 && (layout.taps == 1 || layout.tap_stride == w.in);
+    const bool whole = tap_major && w.in % BW == 0;
+    // Rows that one thread writes at a time.
+    const int64_t unit_rows = layout.tile ? std::max(w.bh, kTile) : w.bh;
+    const int64_t units = ceil_div(layout.tile ? tiles_rows() : w.out, unit_rows);
+
+    // Of tiles rows are written up to the edge of the last tile.
+    int64_t tiles_rows() const { return ceil_div(w.out, kTile) * kTile; }
+};
+
+template <class V, class D, int BW>
+void run(const BlockIndex& w, const DenseLayout& d, bool scatter, void* values, void* dense, int64_t threads) {
+    const Copy<V, D, BW> copy(w, d, static_cast<V*>(values), static_cast<D*>(dense));
+    scatter ? copy.scatter(threads) : copy.gather(threads);
 }
 
-template <class T>
+template <class V, class D>
 void run(const BlockIndex& w, const DenseLayout& d, bool scatter, void* values, void* dense, int64_t threads) {
-    T *v = static_cast<T*>(values), *to = static_cast<T*>(dense);
+    threads = std::min(threads, 1 + w.out * d.taps * w.in * static_cast<int64_t>(sizeof(D)) / kBytesOfAThread);
     switch (w.bw) {
         case 1:
-            return run<T, 1>(w, d, scatter, v, to, threads);
+            return run<V, D, 1>(w, d, scatter, values, dense, threads);
         case 4:
-            return run<T, 4>(w, d, scatter, v, to, threads);
+            return run<V, D, 4>(w, d, scatter, values, dense, threads);
         case 8:
-            return run<T, 8>(w, d, scatter, v, to, threads);
+            return run<V, D, 8>(w, d, scatter, values, dense, threads);
         case 16:
-            return run<T, 16>(w, d, scatter, v, to, threads);
+            return run<V, D, 16>(w, d, scatter, values, dense, threads);
         case 32:
-            return run<T, 32>(w, d, scatter, v, to, threads);
+            return run<V, D, 32>(w, d, scatter, values, dense, threads);
         default:
-            return run<T, 64>(w, d, scatter, v, to, threads);
+            return run<V, D, 64>(w, d, scatter, values, dense, threads);
     }
 }
 
-int copy(const BlockIndex& w, const DenseLayout& d, int64_t bytes, bool scatter, void* values, void* dense,
-         int64_t threads) {
-    if (!valid(w, d, bytes, threads)) return kInvalid;
-    if (bytes == 2) run<uint16_t>(w, d, scatter, values, dense, threads);
-    if (bytes == 4) run<uint32_t>(w, d, scatter, values, dense, threads);
-    if (bytes == 8) run<uint64_t>(w, d, scatter, values, dense, threads);
+int copy(const BlockIndex& w, const DenseLayout& d, int64_t value_bytes, int64_t dense_bytes, bool scatter,
+         void* values, void* dense, int64_t threads) {
+    if (!valid(w, d, threads)) return kInvalid;
+    if (value_bytes == 2 && dense_bytes == 2)
+        run<uint16_t, uint16_t>(w, d, scatter, values, dense, threads);
+    else if (value_bytes == 4 && dense_bytes == 2)
+        run<uint32_t, uint16_t>(w, d, scatter, values, dense, threads);
+    else if (value_bytes == 4 && dense_bytes == 4)
+        run<uint32_t, uint32_t>(w, d, scatter, values, dense, threads);
+    else if (value_bytes == 8 && dense_bytes == 8)
+        run<uint64_t, uint64_t>(w, d, scatter, values, dense, threads);
+    else
+        return kInvalid;
     return kOk;
 }
 
 }  // namespace
 
-int densify(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* values, void* dense,
-            int64_t threads) {
-    return copy(w, layout, bytes, true, const_cast<void*>(values), dense, threads);
+int densify(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes, int64_t dense_bytes,
+            const void* values, void* dense, int64_t threads) {
+    return copy(w, layout, value_bytes, dense_bytes, true, const_cast<void*>(values), dense, threads);
 }
 
-int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t bytes, const void* dense, void* values,
-                  int64_t threads) {
-    return copy(w, layout, bytes, false, values, const_cast<void*>(dense), threads);
+int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes, int64_t dense_bytes,
+                  const void* dense, void* values, int64_t threads) {
+    return copy(w, layout, value_bytes, dense_bytes, false, values, const_cast<void*>(dense), threads);
 }
 
 }  // namespace sk

@@ -44,11 +44,11 @@ def activated(
     """`activation(spmm(…))` and, where kept, what the activation is given, in the same form; else an empty second."""
     shape, form = [x.shape[0], index.out, *conv.output_size(x.shape[2], x.shape[3])], memory_format(x)
     x, conv = _taken(x, conv)
-    rows = _rows(x, conv)
+    rows = rows_of(x, conv)
     if rows is not None and form == torch.channels_last:
         pre = x.new_empty([rows.shape[0], index.out] if keep else [0])
         y = _cpu_block.spmm(rows, values, index, bias, activation, pre if keep else None)
-        return _images(y, shape), _images(pre, shape) if keep else pre
+        return images_of(y, shape), images_of(pre, shape) if keep else pre
     x = _addressable(x)
     y = _output(x, shape, form)
     pre = torch.empty_like(y) if keep else x.new_empty(0)
@@ -63,9 +63,9 @@ def activated(
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x_like: Tensor) -> Tensor:
     """The input gradient, in the shape and memory format of `x_like`."""
     shape, form = list(x_like.shape), memory_format(x_like)
-    rows = _rows(dy, conv)
+    rows = rows_of(dy, conv)
     if rows is not None and form == torch.channels_last:
-        return _images(_cpu_block.spmm_t(rows, values, index), shape)
+        return images_of(_cpu_block.spmm_t(rows, values, index), shape)
     dy = _addressable(dy)
     dx = _output(dy, shape, form)
     w, sizes = native_index(index), conv_shape(dx, conv)
@@ -76,7 +76,7 @@ def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x
 def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
     """`dW [nnzb, bh, bw]`: the weight gradient at the active blocks, padding zero."""
     x, conv = _taken(x, conv)
-    x_rows, dy_rows = _rows(x, conv), _rows(dy, conv)
+    x_rows, dy_rows = rows_of(x, conv), rows_of(dy, conv)
     if x_rows is not None and dy_rows is not None:
         return _cpu_block.sddmm(dy_rows, x_rows, index)
     x, dy = _addressable(x.float()), _addressable(dy.float())
@@ -90,7 +90,7 @@ def backward(
     dy: Tensor, x: Tensor, values: Tensor, index: WeightIndex, want_bias: bool, conv: ConvGeometry
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """`spmm_t`, `sddmm` and the bias gradient `[out]` in one pass over dY; None where no kernel does that."""
-    if x.dtype != torch.float32 or (_rows(x, conv) is not None and _rows(dy, conv) is not None):
+    if x.dtype != torch.float32 or (rows_of(x, conv) is not None and rows_of(dy, conv) is not None):
         return None
     w, sizes = native_index(index), conv_shape(x, conv)
     if not native().conv_block_backward_fuses(w, sizes):
@@ -131,7 +131,7 @@ def _typed(launcher: str, x: Tensor) -> str:
     return f"{launcher}_bf16" if x.dtype == torch.bfloat16 else launcher
 
 
-def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
+def rows_of(x: Tensor, conv: ConvGeometry) -> Tensor | None:
     """The pixels of `x [N, C, H, W]` as rows `[N·H·W, C]` without a copy, where the convolution is linear on them."""
     n, c, h, w = x.shape
     if conv.kernel != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
@@ -142,7 +142,7 @@ def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
     return x.as_strided([n * h * w, c], [pixel, 1])
 
 
-def _images(rows: Tensor, shape: Sequence[int]) -> Tensor:
+def images_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows `[N·H·W, C]` as channels_last images of `shape` `[N, C, H, W]`."""
     n, c, h, w = shape
     return rows.view(n, h, w, c).permute(0, 3, 1, 2)

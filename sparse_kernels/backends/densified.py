@@ -1,13 +1,15 @@
 """The `densified` backend: scatter the values into a scratch weight, run the dense library, gather the gradient.
 
 It serves every device and dtype that torch serves, at dense speed; the plan names it wherever no sparse kernel runs, or
-none that is faster. The scratch weight lives only during the call. On the CPU the copies are native, and fp32 linears
-run on oneDNN, which reaches twice the rate of torch's default there on AMD; it needs no transposed copies.
+none that is faster. The scratch weight lives only during the call, so that nothing dense is kept. On the CPU the copies
+are native, and the dense library is the fastest of those there are: for fp32 linears oneDNN, which reaches twice the
+rate of torch's default there on AMD; for convolutions of few positions the block kernels (`_densified_tiles`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,14 @@ from torch.nn import functional as F
 from .. import _native, reference
 from ..patterns import Block
 from ..topology import WeightIndex
-from . import _cpu_gru
+from . import _cpu_conv_block, _cpu_gru, _densified_tiles
 from ._cpu_launch import check, native_index
 from .reference import DenseWeightBackend, memory_format
 from .registry import ConvGeometry, GruGrads, GruWeight, ProductGrads, register, score_dtype
 
 _NATIVE_BYTES = (2, 4, 8)
+# Multiply-adds from which oneDNN's rate outweighs its 20 us a call (Zen 5).
+_ONEDNN_FROM = 1 << 21
 
 
 def conv_weight(dense: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
@@ -29,42 +33,68 @@ def conv_weight(dense: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor
     return dense.view(index.out, *conv.kernel, index.in_).permute(0, 3, 1, 2)
 
 
-def scatter(values: Tensor, index: WeightIndex, conv: ConvGeometry | None, format: torch.memory_format) -> Tensor:
-    """The dense weight, `[out, in]` or `[out, in, R, S]`; for a convolution on the CPU in the given memory format."""
+def scatter(
+    values: Tensor,
+    index: WeightIndex,
+    conv: ConvGeometry | None,
+    format: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The dense weight in `dtype`, `[out, in]` or `[out, in, R, S]`; of a convolution on the CPU in the given memory
+    format."""
+    dtype = dtype or values.dtype
     if not _copies_natively(values):
-        dense = index.scatter(values)
+        dense = index.scatter(values.to(dtype))
         return dense if conv is None else conv_weight(dense, index, conv)
     if conv is None:
-        weight = values.new_empty(index.out, index.in_)
+        weight = values.new_empty(index.out, index.in_, dtype=dtype)
     else:
-        weight = torch.empty(index.out, index.in_, *conv.kernel, dtype=values.dtype, memory_format=format, device="cpu")
-    if weight.nbytes >= _cpu_gru.LARGE_BYTES:
-        _native.native().advise_huge_pages(weight.data_ptr(), weight.nbytes)
-    _copy("densify", index, weight, values.contiguous(), weight)
+        weight = torch.empty(index.out, index.in_, *conv.kernel, dtype=dtype, memory_format=format, device="cpu")
+    source = values if _converts(values.dtype, dtype) else values.to(dtype)
+    _copy("densify", index, _layout(weight, index), source.contiguous(), weight)
     return weight
 
 
-def gather(weight: Tensor, index: WeightIndex) -> Tensor:
-    """The active blocks of what `scatter` returns, or of its gradient: `[nnzb, bh, bw]`, padding zero."""
+def gather(weight: Tensor, index: WeightIndex, dtype: torch.dtype | None = None) -> Tensor:
+    """The active blocks of what `scatter` returns, or of its gradient, in `dtype`: `[nnzb, bh, bw]`, padding zero."""
+    dtype = dtype or weight.dtype
     if weight.dim() == 4 and 1 not in weight.shape[2:] and weight.stride(2) != weight.stride(3) * weight.shape[3]:
         weight = weight.contiguous()
     if not _copies_natively(weight):
-        return index.gather(_tap_major(weight, index))
-    values = weight.new_empty(index.nnzb, index.bh, index.bw)
-    _copy("gather_blocks", index, weight, weight, values)
+        return index.gather(_tap_major(weight, index)).to(dtype)
+    weight = weight if _converts(dtype, weight.dtype) else weight.to(dtype)
+    values = weight.new_empty(index.nnzb, index.bh, index.bw, dtype=dtype)
+    _copy("gather_blocks", index, _layout(weight, index), weight, values)
     return values
 
 
-def _copy(launcher: str, index: WeightIndex, weight: Tensor, source: Tensor, target: Tensor) -> None:
-    lib = _native.native()
+def _copy(launcher: str, index: WeightIndex, layout: Any, source: Tensor, target: Tensor) -> None:
+    lib, scatters = _native.native(), launcher == "densify"
+    dense = target if scatters else source
+    if scatters and dense.nbytes >= _cpu_gru.LARGE_BYTES:
+        lib.advise_huge_pages(dense.data_ptr(), dense.nbytes)
+    value_bytes = (source if scatters else target).element_size()
+    where = native_index(index), layout, value_bytes, dense.element_size()
+    check(getattr(lib, launcher)(*where, source.data_ptr(), target.data_ptr(), torch.get_num_threads()), launcher)
+
+
+def _layout(weight: Tensor, index: WeightIndex) -> Any:
+    """The `DenseLayout` of csrc/api.h."""
     if weight.dim() == 2:
         tap_stride = index.in_  # of its only tap; what a row of taps would have
     else:
         tap_stride = weight.stride(3 if weight.shape[3] > 1 else 2)
-    layout = lib.DenseLayout(index.taps, weight.stride(0), tap_stride, weight.stride(1))
-    threads = torch.get_num_threads()
-    where = native_index(index), layout, weight.element_size()
-    check(getattr(lib, launcher)(*where, source.data_ptr(), target.data_ptr(), threads), launcher)
+    return _native.native().DenseLayout(index.taps, weight.stride(0), tap_stride, weight.stride(1))
+
+
+def _tiled(index: WeightIndex) -> Any:
+    """The `DenseLayout` of `_densified_tiles`."""
+    return _native.native().DenseLayout(index.taps, 0, 0, 0, _densified_tiles.TILE.bh)
+
+
+def _converts(values: torch.dtype, dense: torch.dtype) -> bool:
+    """Whether a native copy goes between values and a dense weight of these dtypes."""
+    return values == dense or (values, dense) == (torch.float32, torch.bfloat16)
 
 
 def _copies_natively(tensor: Tensor) -> bool:
@@ -77,9 +107,16 @@ def _tap_major(weight: Tensor, index: WeightIndex) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x · weightᵀ + bias` by the fastest dense library, any strides."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and torch.backends.mkldnn.is_available():
+    work = x.numel() * weight.shape[0]
+    if work >= _ONEDNN_FROM and x.dtype == torch.float32 and x.device.type == "cpu" and torch._C._has_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
+    """The pixels of channels_last `x` as rows, where the convolution is linear on them and the CPU's library for that
+    is the faster one."""
+    return _cpu_conv_block.rows_of(x, conv) if x.device.type == "cpu" else None
 
 
 class DensifiedBackend(DenseWeightBackend):
@@ -98,11 +135,17 @@ class DensifiedBackend(DenseWeightBackend):
         bias: Tensor | None = None,
         conv: ConvGeometry | None = None,
     ) -> Tensor:
-        bias = None if bias is None else bias.to(x.dtype)
-        if conv is None:
-            return _linear(x, scatter(values.to(x.dtype), index, None, torch.contiguous_format), bias)
+        bias = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        rows = x if conv is None else _rows(x, conv)
+        if rows is not None:
+            y = _linear(rows, scatter(values, index, None, torch.contiguous_format, x.dtype), bias)
+            return y if conv is None else _cpu_conv_block.images_of(y, [x.shape[0], index.out, *x.shape[2:]])
+        assert conv is not None
+        if _densified_tiles.serves(x, index, conv):
+            full, tiles = _tiles(values, index)
+            return _cpu_conv_block.spmm(x, tiles, full, bias, conv)
         format = memory_format(x)
-        weight = scatter(values.to(x.dtype), index, conv, format)
+        weight = scatter(values, index, conv, format, x.dtype)
         y = F.conv2d(x.contiguous(memory_format=format), weight, bias, conv.stride, conv.padding, conv.dilation)
         return y.contiguous(memory_format=memory_format(x))
 
@@ -117,11 +160,19 @@ class DensifiedBackend(DenseWeightBackend):
     ) -> ProductGrads:
         need_x, need_values, need_bias, need_scores = needs
         dtype = score_dtype(x)
-        dx, dweight = self._gradients(dy, x, values, index, conv, need_x, need_values or need_scores)
         dbias = dy.sum(0 if conv is None else (0, 2, 3), dtype=dtype) if need_bias else None
+        if conv is not None and not need_scores and _densified_tiles.serves(x, index, conv) and _rows(x, conv) is None:
+            full, tiles = _tiles(values, index)
+            dx, dtiles = _densified_tiles.backward(dy, x, tiles, full, need_x, need_values, conv)
+            dvalues = None
+            if dtiles is not None:
+                dvalues = values.new_empty(values.shape, dtype=dtype)
+                _copy("gather_blocks", index, _tiled(index), dtiles, dvalues)
+            return ProductGrads(dx, dvalues, dbias, None)
+        dx, dweight = self._gradients(dy, x, values, index, conv, need_x, need_values or need_scores)
         dvalues = scores = None
         if need_values and dweight is not None:
-            dvalues = gather(dweight, index).to(dtype)
+            dvalues = gather(dweight, index, dtype)
         if need_scores and dweight is not None:
             blocks = index.blocks(_tap_major(dweight, index).to(dtype))
             scores = reference.block_scores(blocks).view(index.row_blocks, index.col_blocks)
@@ -158,13 +209,17 @@ class DensifiedBackend(DenseWeightBackend):
         """Of the input, and of the dense weight in torch's shape; `values` are read for the former only."""
         if not (need_x or need_weight):
             return None, None
-        if conv is None:
-            weight = scatter(values.to(dy.dtype), index, None, torch.contiguous_format) if need_x else None
-            dx = None if weight is None else _linear(dy, weight.T)
-            return dx, _linear(dy.T, x.T) if need_weight else None
+        rows, dy_rows = (x, dy) if conv is None else (_rows(x, conv), _rows(dy, conv))
+        if rows is not None and dy_rows is not None:
+            weight = scatter(values, index, None, torch.contiguous_format, dy.dtype) if need_x else None
+            dx = None if weight is None else _linear(dy_rows, weight.T)
+            if dx is not None and conv is not None:
+                dx = _cpu_conv_block.images_of(dx, x.shape)
+            return dx, _linear(dy_rows.T, rows.T) if need_weight else None
+        assert conv is not None
         format = memory_format(x)
         if need_x:
-            weight = scatter(values.to(dy.dtype), index, conv, format)
+            weight = scatter(values, index, conv, format, dy.dtype)
         else:  # only its shape and format are looked at
             shape = index.out, index.in_, *conv.kernel
             weight = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=format)
@@ -235,6 +290,14 @@ class DensifiedBackend(DenseWeightBackend):
         return GruGrads(grads.x, grads.h0, found, grads.biases, scores)
 
 
+def _tiles(values: Tensor, index: WeightIndex) -> tuple[WeightIndex, Tensor]:
+    """The weight as fp32 values `[nnzb, 32, 32]` of a full index, and that index."""
+    full = _densified_tiles.full_index(index.out, index.in_, index.taps)
+    tiles = values.new_empty(full.nnzb, full.bh, full.bw, dtype=torch.float32)
+    _copy("densify", index, _tiled(index), values.float().contiguous(), tiles)
+    return full, tiles
+
+
 def _runs_natively(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and _native.why_unavailable() is None
 
@@ -243,7 +306,9 @@ def _dense(weights: Sequence[GruWeight]) -> list[GruWeight]:
     """The weights, all of them dense and fp32."""
     return [
         GruWeight(
-            w.tensor.float() if w.index is None else scatter(w.tensor.float(), w.index, None, torch.contiguous_format),
+            w.tensor.float()
+            if w.index is None
+            else scatter(w.tensor, w.index, None, torch.contiguous_format, torch.float32),
             None,
         )
         for w in weights
