@@ -91,24 +91,37 @@ def plan_mode(config: TrainConfig) -> str | Plan:
     Raises:
         ValueError, OSError: the setting names a file that is no plan.
     """
-    if config.plan in ("auto", "off"):
-        return config.plan
-    return "auto" if config.plan == "measure" else Plan.load(config.plan)
+    if config.plan in (None, "auto", "measure"):
+        return "auto"
+    return "off" if config.plan == "off" else Plan.load(str(config.plan))
 
 
-def plan_execution(model: nn.Module, plan: Plan, config: TrainConfig, batch: Batch, *, saved: bool = False) -> Plan:
-    """Plans the layers of a run on its own device: of a fresh run by measuring, if so set; of a resumed one as saved.
+def plan_execution(
+    model: nn.Module, plan: Plan, config: TrainConfig, batch: Batch, *, saved: Mapping[str, Any] | None = None
+) -> Plan:
+    """Plans the layers of a run on its own device: of a fresh run by measuring, if so set; of a resumed one as saved,
+    unless the settings ask for another plan or the saved one is of another kind of device.
 
     Args:
         model: on its device. plan: what `build_model` returned, or what the checkpoint holds.
-        config: the settings. batch: the first one. saved: whether the plan is a checkpoint's.
+        config: the settings. batch: the first one. saved: the checkpoint's settings, of a resumed run.
+
+    Raises:
+        RuntimeError: the saved plan cannot run on this machine, and the settings do not say how to plan instead.
     """
     device = next(model.parameters()).device
     here = plan.device == device.type
-    if saved and here:
-        return replan(model, plan, plan)
+    if saved is not None and here and config.plan in (None, saved.get("plan")):
+        try:
+            return replan(model, plan, plan)
+        except RuntimeError as error:
+            if config.plan is None:
+                raise RuntimeError(
+                    f"the plan of the checkpoint does not fit this machine: {error} Resume with --plan auto, measure "
+                    "or off to plan the run for this machine."
+                ) from error
     mode = "measure" if config.plan == "measure" else plan_mode(config)
-    if mode != "measure" and here:
+    if saved is None and mode != "measure" and here:
         return plan  # made by `build_model`
     batch = batch.to(device)
     t = torch.zeros(len(batch.x), dtype=torch.long, device=device)

@@ -97,9 +97,11 @@ class TrainConfig:
     """unstructured, or block:HxW with sides of 1, 4, 8, 16, 32, 64."""
     allocation: Literal["erk", "uniform", "flops"] = "erk"
     """How S is spread over the layers."""
-    plan: str = "auto"
+    plan: str | None = None
     """Which layers run the sparse kernel and which the dense library: auto (the cost table of this kind of machine),
-    measure (times both on the first batch), off (every sparse kernel there is), or the path of a run's plan.json."""
+    measure (times both on the first batch), off (every sparse kernel there is), or the path of a run's plan.json.
+    None is auto for a new run, and for a resumed one the plan that it was saved with; another choice than the saved
+    one plans a resumed run anew."""
     rescale: bool = False
     """Widen the initial weights by 1/sqrt(density), for the fan-in that is lost."""
     every: int = 800
@@ -186,7 +188,7 @@ def _holds(value: float | None, rule: Callable[[float], bool]) -> bool:
 # Settings that do not change what is computed, or may: a resumed run need not repeat them.
 # Data are told apart by their content.
 RUN_SETTINGS = frozenset(
-    """data device threads out resume dry_run epochs max_steps max_seconds
+    """data device threads plan out resume dry_run epochs max_steps max_seconds
     log_every save_every keep sample_every sample_count sample_steps""".split()  # noqa: SIM905
 )
 

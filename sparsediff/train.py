@@ -52,6 +52,7 @@ class Run:
 
     Raises:
         TrainError: the checkpoint was made with other settings or other data.
+        RuntimeError: its plan cannot run on this machine, and no other was asked for.
         ValueError: a setting that cannot be, such as a device that does not exist.
     """
 
@@ -81,7 +82,8 @@ class Run:
             plan = None if saved.state["plan"] is None else Plan.from_json(saved.state["plan"])
         self.model.to(self.device)
         if plan is not None:
-            plan = plan_execution(self.model, plan, config, self.batches.peek(), saved=saved is not None)
+            settings = None if saved is None else saved.state["config"]
+            plan = plan_execution(self.model, plan, config, self.batches.peek(), saved=settings)
         self.plan = plan.to_json() if plan is not None else None
         self.diffusion = build_diffusion(config).to(self.device)
         self.parameters = list(self.model.parameters())

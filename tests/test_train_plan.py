@@ -39,6 +39,54 @@ def test_a_measured_plan_is_written_and_resumed(tmp_path: Path) -> None:
         assert run.model.get_submodule(name).execution == run.ema.model.get_submodule(name).execution == execution
 
 
+def test_a_resumed_run_is_planned_anew_where_another_plan_is_asked_for(tmp_path: Path) -> None:
+    assert start(configured(tmp_path, plan="measure", **SPARSE), drawings()) == 0
+    saved = checkpoint.load(tmp_path)
+    for one in saved.state["plan"]["layers"]:
+        one["execution"] = "reference"
+
+    def resumed(plan: str | None) -> Plan:
+        run = Run(configured(tmp_path, plan=plan, **SPARSE), drawings(), saved)
+        found = Plan.from_json(run.plan)
+        assert all(run.model.get_submodule(name).execution == how for name, how in executions(found).items())
+        return found
+
+    for same in (None, "measure"):
+        assert set(executions(resumed(same)).values()) == {"reference"}
+    for other in ("auto", "off"):
+        found = resumed(other)
+        assert found.source == other and "reference" not in executions(found).values()
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps(saved.state["plan"]))
+    assert set(executions(resumed(str(path))).values()) == {"reference"}
+
+
+def test_a_plan_of_a_machine_that_has_other_backends_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(configured(tmp_path, plan="auto", **SPARSE), drawings()) == 0
+    capsys.readouterr()
+    saved = checkpoint.load(tmp_path)
+    for one in saved.state["plan"]["layers"]:
+        one["execution"] = "reference"
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: saved)
+    monkeypatch.setattr(type(backends.get("reference")), "why_unavailable", lambda _: "not built here")
+    backends.require.cache_clear()
+    more = {**SPARSE, "max_steps": 4, "resume": True}
+    try:
+        with pytest.raises(RuntimeError, match=r"not built here.* Resume with --plan auto, measure or off"):
+            start(configured(tmp_path, **more), drawings())
+        for plan in ("auto", "measure", "off"):
+            run = Run(configured(tmp_path, plan=plan, **more), drawings(), saved)
+            assert "reference" not in executions(Plan.from_json(run.plan)).values()
+        assert start(configured(tmp_path, plan="auto", **more), drawings()) == 0
+        written = Plan.load(tmp_path / "plan.json")
+        assert "reference" not in executions(written).values()
+    finally:
+        monkeypatch.undo()
+        backends.require.cache_clear()
+
+
 def test_sampling_follows_the_plan_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert start(configured(tmp_path, **SPARSE), drawings()) == 0
     saved = checkpoint.load(tmp_path)
