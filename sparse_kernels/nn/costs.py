@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -33,16 +34,17 @@ class Times:
     """Milliseconds of one layer's forward and backward.
 
     Args:
-        dense: of its torch.nn twin. densified: of the dense library behind a sparse layer. sparse: of the kernel.
+        dense: of its torch.nn twin. densified: of the dense library behind a sparse layer. sparse: of the kernel; None
+            where there is none.
     """
 
     dense: float
     densified: float
-    sparse: float
+    sparse: float | None
 
     def of(self, execution: str) -> float:
-        """The time of the form that `execution` names."""
-        return self.densified if execution == "densified" else self.sparse
+        """The time of the form that `execution` names; that of the dense library where there is no kernel."""
+        return self.densified if execution == "densified" or self.sparse is None else self.sparse
 
     def speedup(self, execution: str) -> float:
         """How many times faster than the dense twin."""
@@ -50,7 +52,8 @@ class Times:
 
     def scaled(self, factor: float) -> Times:
         """For `factor` times as many positions."""
-        return Times(self.dense * factor, self.densified * factor, self.sparse * factor)
+        sparse = None if self.sparse is None else self.sparse * factor
+        return Times(self.dense * factor, self.densified * factor, sparse)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ def decide(times: Times, backend: str, source: str) -> tuple[str, str]:
     Returns:
         The execution, and the reason: empty for the sparse kernel, which wins a tie because it needs less memory.
     """
+    if times.sparse is None:
+        return "densified", f"no sparse kernel ({source})"
     if times.sparse <= times.densified:
         return backend, ""
     return "densified", f"{times.sparse / times.densified:.2f}x faster than the sparse kernel ({source})"
@@ -143,28 +148,38 @@ def _distance(a: Block, b: Block) -> float:
 
 def _at_density(rows: Sequence[tuple[Work, Times]], density: float) -> tuple[float, float, float]:
     """Dense, densified and sparse milliseconds of one shape at a density between or beyond those measured."""
-    points = sorted((work.density, times) for work, times in rows)
+    points = sorted((work.density, times.dense, times.densified, times.of("sparse")) for work, times in rows)
     if len(points) == 1:
-        times = points[0][1]
-        return times.dense, times.densified, times.sparse * density / points[0][0]
+        only, dense, densified, sparse = points[0]
+        return dense, densified, sparse * density / only
     above = next((k for k in range(1, len(points) - 1) if points[k][0] >= density), len(points) - 1)
-    (low, first), (high, second) = points[above - 1], points[above]
+    (low, *first), (high, *second) = points[above - 1], points[above]
     share = (density - low) / (high - low)
     inside = min(1.0, max(0.0, share))
     # Beyond the measured densities a line must not fall below what the arithmetic alone takes, nor to nothing.
-    floor = first.sparse * max(density / low, 0.05) if share < 0 else second.sparse if share > 1 else 0.0
+    floor = first[2] * max(density / low, 0.05) if share < 0 else second[2] if share > 1 else 0.0
     return (
-        first.dense + inside * (second.dense - first.dense),
-        first.densified + inside * (second.densified - first.densified),
-        max(floor, first.sparse + share * (second.sparse - first.sparse)),
+        first[0] + inside * (second[0] - first[0]),
+        first[1] + inside * (second[1] - first[1]),
+        max(floor, first[2] + share * (second[2] - first[2])),
     )
 
 
 def machine_kind(device: torch.device) -> str | None:
-    """The name of this machine's table: the device and its instruction set; None where there can be no table."""
+    """The name of this machine's table: of a CPU its instruction set (`cpu-avx512`), of a GPU its capability and its
+    name (`cuda-sm90-h200`); None where there can be no table."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return gpu_kind(properties.major, properties.minor, properties.name)
     if device.type != "cpu" or _native.why_unavailable() is not None:
         return None
     return f"cpu-{_native.native().isa_name()}"
+
+
+def gpu_kind(major: int, minor: int, name: str) -> str:
+    """A GPU's name as a table's: `gpu_kind(9, 0, "NVIDIA H200") == "cuda-sm90-h200"`."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(["cuda", f"sm{major}{minor}", *(word for word in words if word != "nvidia")])
 
 
 def cost_table(device: torch.device) -> CostTable | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -24,7 +25,7 @@ from .. import backends
 from ..backends.reference import memory_format
 from ..topology import Topology
 from .costs import Times
-from .weights import SPARSE_KERNEL, SparseLayer
+from .weights import SparseLayer
 
 ROUNDS = 3
 # What is quicker is repeated within a round until it takes so long.
@@ -36,8 +37,8 @@ class Call:
     """How a model calls one layer in a step.
 
     Args:
-        args, kwargs: of its first call. positions: rows of the product of that call. uses: all rows of the step over
-            those of that call.
+        args, kwargs: of its first call, of a sparse layer. positions: rows of the product of that call. uses: all rows
+            of the step over those of that call.
     """
 
     args: tuple[Any, ...]
@@ -45,24 +46,34 @@ class Call:
     positions: float
     uses: float
 
+    @property
+    def rows(self) -> float:
+        """All rows of the layer's product in a step."""
+        return self.positions * self.uses
 
-def observe(model: nn.Module, example_inputs: Any, *, training: bool = False) -> dict[str, Call]:
+
+def observe(
+    model: nn.Module, example_inputs: Any, *, training: bool = False, others: Mapping[str, nn.Module] | None = None
+) -> dict[str, Call]:
     """Runs the model once and notes how it calls each sparse layer; a layer that it leaves out is missing.
 
     Args:
-        example_inputs, training: as for `calls_of`.
+        example_inputs, training: as for `calls_of`. others: dense layers by path whose rows are counted too.
     """
-    layers = {id(module): path for path, module in model.named_modules() if isinstance(module, SparseLayer)}
+    layers = {id(module): path for path, module in (others or {}).items()}
+    layers |= {id(module): path for path, module in model.named_modules() if isinstance(module, SparseLayer)}
     first: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     rows: dict[str, list[float]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         path = layers[id(module)]
+        if not isinstance(module, SparseLayer):
+            args, kwargs = (), {}
         first.setdefault(path, (tuple(map(_detached, args)), {key: _detached(value) for key, value in kwargs.items()}))
         rows.setdefault(path, []).append(positions_of(module, output))
 
-    sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    calls_of(model, sparse, note, example_inputs, training=training)
+    called = [module for module in model.modules() if id(module) in layers]
+    calls_of(model, called, note, example_inputs, training=training)
     return {path: Call(*first[path], rows[path][0], sum(rows[path]) / rows[path][0]) for path in first if rows[path][0]}
 
 
@@ -129,25 +140,26 @@ def kind_of(layer: SparseLayer, call: Call) -> tuple[Any, ...]:
     trained = tuple((name, parameter.requires_grad) for name, parameter in layer.named_parameters())
     given = [*enumerate(call.args[1:]), *sorted(call.kwargs.items())]
     others = tuple((key, type(v), getattr(v, "dtype", None), getattr(v, "requires_grad", None)) for key, v in given)
-    same = (layer.op, str(layer.pattern), *items, *further, trained, layer.training)
+    same = (layer.op, str(layer.pattern), layer.asked_for, *items, *further, trained, layer.training)
     return (*same, bucket(call.positions), order, x.dtype, x.requires_grad, others)
 
 
-def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times | None:
-    """Times of one call, forward and backward, in every form; None where no sparse backend serves the layer."""
+def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times:
+    """Times of one call, forward and backward, in every form; the sparse one is that of the backend that was asked for
+    by name, if any, and missing where no sparse backend serves the layer."""
     probe = layer._probe()
-    name, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
-    if why != SPARSE_KERNEL:
-        return None
-    with torch.random.fork_rng():
+    name, _ = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    if layer.asked_for not in (None, "densified"):
+        name = str(layer.asked_for)
+    with _forked(probe.device):
         args, kwargs = tuple(map(_like, call.args)), {key: _like(value) for key, value in call.kwargs.items()}
     twin: Any = layer.to_dense()
     if isinstance(args[0], Tensor) and args[0].dim() == 4 and memory_format(args[0]) == torch.channels_last:
         twin = twin.to(memory_format=torch.channels_last)
     before = layer._requested, layer._planned
-    layer.execution = name  # gives the topologies this backend's index buffers
 
     def form(execution: str) -> Callable[[], None]:
+        layer.execution = execution  # gives the topologies this backend's index buffers
         step = training_step(layer, layer, args, kwargs)
 
         def run() -> None:
@@ -157,9 +169,12 @@ def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Time
         return run
 
     try:
-        with torch.random.fork_rng():  # for dropout and the seeds of the backward
-            forms = {"dense": dense_step(twin, args, kwargs), "densified": form("densified"), "sparse": form(name)}
-            return Times(**timed(forms, probe.device, rounds=rounds))
+        with _forked(probe.device):  # for dropout and the seeds of the backward
+            forms = {"dense": dense_step(twin, args, kwargs), "densified": form("densified")}
+            if name != "densified":
+                forms["sparse"] = form(name)
+            ms = timed(forms, probe.device, rounds=rounds)
+            return Times(ms["dense"], ms["densified"], ms.get("sparse"))
     finally:
         layer._requested, layer._planned = before
         layer._resolve()
@@ -171,6 +186,7 @@ def model_ms(model: nn.Module, example_inputs: Any, *, rounds: int = ROUNDS) -> 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
+        torch.clear_autocast_cache()
         outputs = [y for y in _tensors(call_model(model, example_inputs)) if y.requires_grad]
         if not outputs or not parameters:
             return
@@ -182,14 +198,22 @@ def model_ms(model: nn.Module, example_inputs: Any, *, rounds: int = ROUNDS) -> 
 
 
 def timed(forms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function, which run in turn, in rotating order, after a warm-up."""
+    """Median milliseconds of each function, which run in turn, in rotating order, after a warm-up; on a GPU by the
+    events of its current stream, so that a launch which outlasts its kernel counts and the queue's latency does not."""
 
     def clock(function: Callable[[], object], repeats: int) -> float:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begun.record()
+                for _ in range(repeats):
+                    function()
+                ended.record()
+                ended.synchronize()
+                return float(begun.elapsed_time(ended)) / repeats
         start = time.perf_counter()
         for _ in range(repeats):
             function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3 / repeats
 
     repeats = {}
@@ -208,13 +232,17 @@ def timed(forms: Mapping[str, Callable[[], object]], device: torch.device, *, ro
 def training_step(
     module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Callable[[], None]:
-    """Forward and backward of `function` to the parameters of `module` and the inputs that want a gradient."""
+    """Forward and backward of `function` to the parameters of `module` and the inputs that want a gradient.
+
+    Every call is a step of its own: what autocast keeps of the weights it has cast does not outlast it.
+    """
     leaves = [leaf for leaf in _tensors([*args, *kwargs.values()]) if leaf.requires_grad]
     leaves += [parameter for parameter in module.parameters() if parameter.requires_grad]
     outputs = [y for y in _tensors(function(*args, **kwargs)) if y.requires_grad][:1]
     seeds = [torch.randn_like(y) for y in outputs]
 
     def run() -> None:
+        torch.clear_autocast_cache()
         found = [y for y in _tensors(function(*args, **kwargs)) if y.requires_grad][:1]
         if found and leaves:
             torch.autograd.grad(found, leaves, seeds, allow_unused=True)
@@ -270,13 +298,19 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _forked(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Puts the random state of the CPU and of this device back."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Puts the statistics that a model's forward keeps, and the random state, back to what they were."""
     indices = {id(buffer) for module in model.modules() if isinstance(module, Topology) for buffer in module.buffers()}
     kept = [(buffer, buffer.clone()) for buffer in model.buffers() if id(buffer) not in indices]
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     try:
-        with torch.random.fork_rng():
+        with _forked(torch.device("cpu") if tensor is None else tensor.device):
             yield
     finally:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -52,9 +52,11 @@ def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, exampl
         RuntimeError: a Plan names a backend that cannot run here.
     """
     check_mode("replan", mode, example_inputs)
-    calls = {}
+    calls: dict[str, Call] = {}
     if example_inputs is not None and not isinstance(mode, Plan):
-        calls = measure.observe(model, example_inputs, training=mode == "measure")
+        modules = dict(model.named_modules())
+        counted = {path: modules[path] for row in plan.rows if row.counted and (path := _path(row, modules))}
+        calls = measure.observe(model, example_inputs, training=mode == "measure", others=counted)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, SparseLayer)}
     rest_ms = None
     if isinstance(mode, Plan):
@@ -62,12 +64,13 @@ def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, exampl
         decided, source, rest_ms = {one.layer: one for one in mode.layers}, mode.source, mode.rest_ms
     else:
         source = mode
-        times = _measured(layers, calls) if mode == "measure" else {}
+        called = {path: call for path, call in calls.items() if path in layers}
+        times = _measured(layers, called) if mode == "measure" else {}
         decided = {
             path: _decided(path, layer, mode, calls.get(path), times.get(path)) for path, layer in layers.items()
         }
         for path, layer in layers.items():
-            if decided[path].reason != ASKED_FOR:
+            if layer.asked_for is None:
                 layer.follow(decided[path].execution, decided[path].reason, decided[path].positions)
     if mode == "measure":
         inside = [one.times.of(one.execution) for one in decided.values() if one.times is not None]
@@ -80,7 +83,10 @@ def replan(model: nn.Module, plan: Plan, mode: str | Plan = "measure", *, exampl
         threads=mode.threads if isinstance(mode, Plan) else torch.get_num_threads(),
         rest_ms=rest_ms,
     )
-    return dataclasses.replace(new, rows=tuple(_row(row, decided, layers) for row in plan.rows))
+    rows = {path: call.rows for path, call in calls.items()}
+    if isinstance(mode, Plan):
+        rows = {_path(row, decided) or row.layer: row.positions for row in mode.rows if row.positions is not None}
+    return dataclasses.replace(new, rows=tuple(_row(row, decided, rows) for row in plan.rows))
 
 
 def _measured(layers: Mapping[str, SparseLayer], calls: Mapping[str, Call]) -> dict[str, Times | None]:
@@ -97,46 +103,47 @@ def _measured(layers: Mapping[str, SparseLayer], calls: Mapping[str, Call]) -> d
 
 
 def _decided(path: str, layer: SparseLayer, mode: str, call: Call | None, times: Times | None) -> LayerPlan:
-    probe = layer._probe()
+    """The layer's form; its times are those `times` that were measured over all uses, or the cost table's."""
+    probe, asked = layer._probe(), layer.asked_for
+    native, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    table, work = cost_table(probe.device), layer.work()
+    work = dataclasses.replace(work, positions=work.positions if call is None else call.positions)
+    one, source = times, "measured"
+    if one is None and table is not None and asked in (None, "densified", native):
+        one, source = table.predict(work), f"cost table {table.kind}"
+        if one is not None and why != SPARSE_KERNEL:
+            one = dataclasses.replace(one, sparse=None)
+        times = None if one is None or call is None else one.scaled(call.uses)
+    if asked is not None:
+        name, reason = asked, ASKED_FOR
+    elif why != SPARSE_KERNEL:
+        name, reason = native, why
+    elif mode == "off":
+        name, reason = native, ""
+    elif one is None:
+        name, reason = native, f"{SPARSE_KERNEL}; {why_no_times(work, probe.device)}"
+    else:
+        name, reason = decide(one, native, source)
     positions = None if call is None else call.positions
-    name, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
-    reason = "" if why == SPARSE_KERNEL else why
-    if layer.execution_reason == ASKED_FOR:
-        return LayerPlan(
-            path, layer.op, str(layer.pattern), active_blocks(layer), layer.execution, ASKED_FOR, positions, times
-        )
-    table = cost_table(probe.device)
-    if not reason and mode == "measure" and times is not None:
-        name, reason = decide(times, name, "measured")
-    elif not reason:
-        work = layer.work()
-        work = dataclasses.replace(work, positions=positions or work.positions)
-        predicted = None if table is None else table.predict(work)
-        if table is None or predicted is None:
-            if mode != "off":
-                reason = f"{SPARSE_KERNEL}; {why_no_times(work, probe.device)}"
-        else:
-            times = predicted.scaled(call.uses) if call is not None else None
-            if mode != "off":
-                name, reason = decide(predicted, name, f"cost table {table.kind}")
     return LayerPlan(path, layer.op, str(layer.pattern), active_blocks(layer), name, reason, positions, times)
 
 
-def _row(row: PlanRow, decided: Mapping[str, LayerPlan], layers: Mapping[str, SparseLayer]) -> PlanRow:
-    """The row with the execution of its layer; the row of a GRU's weight is named after both."""
-    path = row.layer if row.layer in decided else row.layer.rpartition(".")[0]
-    one = decided.get(path)
-    if one is None:
+def _row(row: PlanRow, decided: Mapping[str, LayerPlan], rows: Mapping[str, float]) -> PlanRow:
+    """The row with the execution of its layer, and with as many positions as `rows` has for it."""
+    path = _path(row, decided)
+    row = dataclasses.replace(row, positions=rows.get(path or _path(row, rows) or "", row.positions))
+    if path is None:
         return row
+    one = decided[path]
     sparse = row.pattern != "dense"
     reason = one.reason if sparse and row.counted else row.reason
-    return dataclasses.replace(
-        row,
-        execution=one.execution,
-        reason=reason,
-        positions=one.positions or row.positions,
-        speedup=None if one.times is None else one.times.speedup(one.execution),
-    )
+    speedup = None if one.times is None else one.times.speedup(one.execution)
+    return dataclasses.replace(row, execution=one.execution, reason=reason, speedup=speedup)
+
+
+def _path(row: PlanRow, paths: Container[str]) -> str | None:
+    """Which of `paths` is the layer of a row; the row of a GRU's weight is named after both."""
+    return next((path for path in (row.layer, row.layer.rpartition(".")[0]) if path and path in paths), None)
 
 
 def _device(layers: Mapping[str, SparseLayer]) -> str:

@@ -76,6 +76,11 @@ class SparseLayer(nn.Module):
         self._requested, self._planned = name, None
         self._resolve()
 
+    @property
+    def asked_for(self) -> str | None:
+        """The backend that was assigned by name, if one was."""
+        return None if self._requested == AUTO else self._requested
+
     def follow(self, execution: str, reason: str, positions: float | None = None) -> None:
         """Runs as a plan says until the layer moves to another dtype or device; then `"auto"` chooses again.
 
