@@ -1,19 +1,21 @@
 """`python -m bench.costs`: measures the cost table of this kind of machine and writes it into the package.
 
-Run it on an idle machine after kernels changed; the file that it writes is committed. Three to four minutes.
+Run it on an idle machine after kernels changed; the file that it writes is committed. Two to four minutes.
 
-    python -m bench.costs                  # sparse_kernels/nn/cost_tables/cpu-avx512.json, say
-    python -m bench.costs --isa avx2       # ours and the dense library restricted to AVX2: cpu-avx2.json
-    python -m bench.costs --ops linear     # measures linear anew and keeps the rows of the others
-    python -m bench.costs --dtypes bfloat16    # adds or renews the rows of bf16 layers
+    python -m bench.costs                      # sparse_kernels/nn/cost_tables/cpu-avx512.json, say
+    python -m bench.costs --isa avx2           # ours and the dense library restricted to AVX2: cpu-avx2.json
+    python -m bench.costs --ops linear         # measures linear anew and keeps the rows of the others
+    python -m bench.costs --dtypes bfloat16    # adds or renews the rows of layers under autocast to bf16
+    python -m bench.costs --device cuda        # the table of a GPU, cuda-sm90-h200.json, say
 
 Single layers, forward and backward, in three forms, in turns: the torch.nn twin, densified, and the sparse kernel at
-several sparsities (see `sparse_kernels.nn.costs`).
+several sparsities (see `sparse_kernels.nn.costs`). Parameters are fp32; bf16 is that of autocast.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -21,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ DENSE_ISA = {
     "portable": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
 OPS = ("linear", "conv", "gru")
+SPARSITIES = (0.25, 0.5, 0.9)  # a kernel's time is nearly a line between
 DTYPES = ("float32", "bfloat16")
 
 
@@ -48,7 +50,7 @@ class Case:
 
     Args:
         op, name: which, in words. patterns, sparsities: of the sparse forms. dense: the torch.nn layer.
-        inputs: makes the arguments of the layer's forward. positions: rows of its product.
+        shape: of its input. positions: rows of its product.
     """
 
     op: str
@@ -56,16 +58,8 @@ class Case:
     patterns: tuple[str, ...]
     sparsities: tuple[float, ...]
     dense: Any
-    inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    shape: tuple[int, ...]
     positions: int
-
-
-def normal(shape: tuple[int, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One random leaf as the arguments of a forward; an image is channels_last."""
-    import torch
-
-    form = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return (torch.randn(shape).to(memory_format=form).requires_grad_(),), {}
 
 
 def cases() -> Iterator[Case]:
@@ -75,8 +69,8 @@ def cases() -> Iterator[Case]:
     linear = ("unstructured", "block:8x8", "block:16x1", "block:16x16", "block:32x32")
     for positions, size in [(64, 128), (256, 256), (1024, 512), (1024, 1024), (4096, 512), (512, 2048)]:
         yield Case(
-            "linear", f"{size} to {size}, {positions} rows", linear, (0.25, 0.5, 0.75, 0.9), nn.Linear(size, size),
-            partial(normal, (positions, size)), positions,
+            "linear", f"{size} to {size}, {positions} rows", linear, SPARSITIES, nn.Linear(size, size),
+            (positions, size), positions,
         )  # fmt: skip
     conv = ("unstructured", "block:16x16", "block:32x32")
     shapes = [(4, 224, 64, 3), (4, 448, 32, 3), (4, 672, 16, 3), (4, 896, 8, 3), (16, 64, 32, 3), (16, 128, 16, 3),
@@ -84,58 +78,62 @@ def cases() -> Iterator[Case]:
               (4, 896, 8, 1), (1, 64, 16, 1)]  # fmt: skip
     for batch, channels, size, kernel in shapes:
         yield Case(
-            "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, (0.25, 0.5, 0.75, 0.9),
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2),
-            partial(normal, (batch, channels, size, size)),
+            "conv", f"{kernel}x{kernel}, {channels} channels at {size}x{size}, N={batch}", conv, SPARSITIES,
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2), (batch, channels, size, size),
             batch * size * size,
         )  # fmt: skip
     for batch, steps, features, hidden, layers in [(128, 64, 13, 96, 3), (32, 32, 64, 64, 1), (64, 32, 128, 256, 1)]:
         yield Case(
             "gru", f"{features} to {hidden}, {layers} layers, bidirectional, B={batch}, T={steps}",
-            ("unstructured", "block:16x16"), (0.0, 0.5, 0.75, 0.9),
+            ("unstructured", "block:16x16"), (0.0, 0.5, 0.9),
             nn.GRU(features, hidden, layers, batch_first=True, bidirectional=True),
-            partial(normal, (batch, steps, features)), batch * steps,
+            (batch, steps, features), batch * steps,
         )  # fmt: skip
 
 
-def measure_case(case: Case, dtype: Any) -> Iterator[dict[str, Any]]:
-    """The rows of one shape in one dtype at torch's number of threads."""
+def measure_case(case: Case, dtype: Any, device: Any, rounds: int) -> Iterator[dict[str, Any]]:
+    """The rows of one shape in one dtype at torch's number of threads; images are channels_last."""
     import torch
 
     from sparse_kernels import backends, parse_pattern
     from sparse_kernels.nn import surgery
     from sparse_kernels.nn.measure import dense_step, timed, training_step
+    from sparse_kernels.nn.weights import SPARSE_KERNEL
 
-    device = torch.device("cpu")
-    (x,), kwargs = case.inputs()
-    args = (x.detach().to(dtype).requires_grad_(),)
-    dense = case.dense.to(dtype)
+    form = torch.channels_last if len(case.shape) == 4 else torch.contiguous_format
+    x = torch.randn(case.shape, device=device, dtype=dtype).contiguous(memory_format=form).requires_grad_()
+    dense = case.dense.to(device)
     if x.dim() == 4:
         dense = dense.to(memory_format=torch.channels_last)
-    forms: dict[str, Callable[[], object]] = {"dense": dense_step(dense, args, kwargs)}
     layers = {}
-    for pattern in case.patterns:
-        reason = backends.why_not("cpu", case.op, pattern=parse_pattern(pattern), dtype=dtype, device=device)
-        if reason is not None:
-            print(f"  {case.op} {pattern}: {reason}; runs densified")
-            continue
-        for sparsity in case.sparsities:
-            layer = surgery.TWINS[type(dense)].from_dense(
-                dense, pattern=pattern, sparsity=sparsity, generator=torch.Generator().manual_seed(0)
-            )
-            layer.execution = "cpu"
-            layers[pattern, sparsity] = layer
-            forms[f"{pattern} {sparsity}"] = training_step(layer, layer, args, kwargs)
-        middle = layers[pattern, 0.5].from_dense(dense, pattern=pattern, sparsity=0.5)
-        middle.execution = "densified"
-        forms[f"{pattern} densified"] = training_step(middle, middle, args, kwargs)
-    if not layers:
-        return
-    ms = timed(forms, device, rounds=5)
+    ends = (case.sparsities[0], case.sparsities[-1])  # where densified is timed: it copies what is there
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        forms: dict[str, Callable[[], object]] = {"dense": dense_step(dense, (x,), {})}
+        for pattern in case.patterns:
+            name, why = backends.choose(case.op, pattern=parse_pattern(pattern), dtype=dtype, device=device)
+            if why != SPARSE_KERNEL:
+                print(f"  {case.op} {pattern}: {why}; runs densified")
+                if device.type == "cpu":  # where autocast leaves such a layer in fp32
+                    continue
+            for sparsity in case.sparsities:
+                layer = surgery.TWINS[type(dense)].from_dense(
+                    dense, pattern=pattern, sparsity=sparsity, generator=torch.Generator().manual_seed(0)
+                )
+                if layer.work().density == 0:  # of a few large blocks none is left
+                    continue
+                layers[pattern, sparsity] = layer
+                if why == SPARSE_KERNEL:
+                    layer.execution = name
+                    forms[f"{pattern} {sparsity}"] = training_step(layer, layer, (x,), {})
+                if sparsity in ends:
+                    twin = copy.deepcopy(layer)
+                    twin.execution = "densified"
+                    forms[f"{pattern} {sparsity} densified"] = training_step(twin, twin, (x,), {})
+        if not layers:
+            return
+        ms = timed(forms, device, rounds=rounds)
     for (pattern, sparsity), layer in layers.items():
-        work = layer.work()
-        if work.density == 0:  # of a few large blocks none is left
-            continue
+        work, sparse = layer.work(), ms.get(f"{pattern} {sparsity}")
         yield {
             "layer": f"{type(layer).__name__} {case.name}",
             "op": case.op,
@@ -147,9 +145,16 @@ def measure_case(case: Case, dtype: Any) -> Iterator[dict[str, Any]]:
             "positions": case.positions,
             "threads": torch.get_num_threads(),
             "dense_ms": round(ms["dense"], 4),
-            "densified_ms": round(ms[f"{pattern} densified"], 4),
-            "sparse_ms": round(ms[f"{pattern} {sparsity}"], 4),
+            "densified_ms": round(between(sparsity, {s: ms.get(f"{pattern} {s} densified") for s in ends}), 4),
+            "sparse_ms": None if sparse is None else round(sparse, 4),
         }
+
+
+def between(sparsity: float, known: Mapping[float, float | None]) -> float:
+    """The value at a sparsity, on the line through those that are known."""
+    points = [(at, value) for at, value in known.items() if value is not None]
+    (first, low), (last, high) = points[0], points[-1]
+    return low if first == last else low + (sparsity - first) / (last - first) * (high - low)
 
 
 def group_of(row: Mapping[str, Any]) -> str:
@@ -176,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isa", choices=list(DENSE_ISA), help="restrict ours and the dense libraries to it")
     parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=3, help="of each form; the median counts")
     options = parser.parse_args(arguments)
     if options.isa:
         restrict(options.isa, sys.argv[1:] if arguments is None else arguments)
@@ -185,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     import sparse_kernels.nn.costs as costs
     from bench.harness import machine
 
-    kind = costs.machine_kind(torch.device("cpu"))
+    device = torch.device(options.device)
+    kind = costs.machine_kind(device)
     if kind is None:
         parser.error("the native kernels are not built; there is nothing to measure")
     path = options.out or Path(costs.__file__).parent / "cost_tables" / f"{kind}.json"
@@ -197,9 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(threads)
         for dtype, case in itertools.product(options.dtypes, cases()):
             if case.op in options.ops:
-                new = list(measure_case(case, getattr(torch, dtype)))
+                new = list(measure_case(case, getattr(torch, dtype), device, options.rounds))
                 rows += new
-                best = max((row["dense_ms"] / row["sparse_ms"] for row in new), default=0.0)
+                best = max((row["dense_ms"] / row["sparse_ms"] for row in new if row["sparse_ms"]), default=0.0)
                 print(f"{threads} thread(s), {case.op} {case.name}, {dtype}: up to {best:.1f}x, "
                       f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     rows.sort(key=lambda row: OPS.index(row["op"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ def small_cases() -> Iterator[tool.Case]:
         ("linear", nn.Linear(32, 32), (8, 32), 8),
         ("conv", nn.Conv2d(32, 32, 3, padding=1), (1, 32, 4, 4), 16),
     ):
-        yield tool.Case(op, op, ("block:16x16",), (0.5,), dense, partial(tool.normal, shape), positions)
+        yield tool.Case(op, op, ("block:16x16",), (0.5,), dense, shape, positions)
 
 
 def test_a_table_is_made_and_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
