@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import Block
-from sparse_kernels.nn import Plan, SparseConv1d, SparseConv2d, SparseGRU, SparseLinear, replan, sparsify
+from sparse_kernels.nn import Plan, replan, sparsify
 from sparsediff import checkpoint as checkpoints
 from sparsediff.datasets import Batch
 from sparsediff.diffusion import SCHEDULES, Diffusion
 from sparsediff.methods import METHODS
 from sparsediff.models import MODELS
 from sparsediff.presets import TrainConfig
+from sparsediff.rebuild import load_sparse
 from sparsediff.rendering import grid, save_png
 from sparsediff.samplers import LengthDistribution, sample_drawings
 
@@ -51,7 +50,15 @@ def build_diffusion(config: TrainConfig) -> Diffusion:
 
 
 def build_dense_model(config: TrainConfig) -> Any:
-    """The dense model of the settings, its weights drawn from the seed."""
+    """The dense model of the settings, its weights drawn from the seed.
+
+    Raises:
+        ValueError: the model is none that trains on drawings, as every preset does.
+    """
+    if config.model != "chirodiff":
+        raise ValueError(
+            f"model {config.model!r} diffuses images; these settings train on drawings: --model chirodiff."
+        )
     return MODELS.get(config.model)(
         config.hidden,
         config.layers,
@@ -133,34 +140,9 @@ def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor]) -> nn.Module
 
     Args:
         config: the settings of the saved run.
-        saved: the state dict; `<layer>.topology.*` and `<layer>.topologies.<weight>.*` tell what is sparse.
+        saved: the state dict, as `load_sparse` reads it.
     """
-    model = build_dense_model(config)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.GRU):
-            names = [name for name, _ in module.named_parameters() if f"{path}.topologies.{name}.col" in saved]
-            kept = {name: saved[f"{path}.weights.{name}"] for name in names}
-        else:
-            kept = {"weight": saved[f"{path}.values"]} if f"{path}.topology.col" in saved else {}
-        if kept:
-            model.set_submodule(path, _sparse_like(module, kept))
-    model.load_state_dict(saved)
-    return model
-
-
-def _sparse_like(module: nn.Module, kept: dict[str, Tensor]) -> nn.Module:
-    """A sparse layer with the shapes of `module`, each weight with as many blocks as its values in `kept`."""
-    pattern = Block(*next(iter(kept.values())).shape[1:])
-    sparsity = {}
-    for name, values in kept.items():
-        out, in_, *kernel = module.get_parameter(name).shape
-        rows, cols = pattern.grid(out, in_)
-        sparsity[name] = 1 - len(values) / (rows * cols * math.prod(kernel))
-    if isinstance(module, nn.GRU):
-        return SparseGRU.from_dense(module, pattern=pattern, sparsity=sparsity)
-    twins: dict[type[nn.Module], Any] = {nn.Linear: SparseLinear, nn.Conv1d: SparseConv1d, nn.Conv2d: SparseConv2d}
-    layer: nn.Module = twins[type(module)].from_dense(module, pattern=pattern, sparsity=sparsity["weight"])
-    return layer
+    return load_sparse(build_dense_model(config), saved)
 
 
 @dataclass(frozen=True)
