@@ -4,12 +4,12 @@ A group is `G` consecutive *lines* of blocks: block-rows for `Y = gather(X) · W
 `dX = scatter(dY · W)`. Its entries are the union of what its lines multiply, each with the slot of every line or -1:
 
     start [groups + 1]     entries start[g] … start[g + 1] - 1 are group g's
-    entry [capacity + 1]   tap << 16 | inner: which tap and which channel block of the activation a tile is loaded from
-    slot  [capacity + 1, G]    slot of (line, tap, inner) for each line of the group; -1 where that block is absent
+    entry [capacity]       tap << 16 | inner: which tap and which channel block of the activation a tile is loaded from
+    slot  [capacity, G]        slot of (line, tap, inner) for each line of the group; -1 where that block is absent
     order [groups]         the groups, longest first, so that what runs last is short
 
 all int32. Entries rise by inner, then tap: the taps of one channel block, which read almost the same pixels, are
-neighbours. There is one entry more than any topology fills, so that a kernel may fetch one ahead.
+neighbours. The last SPARE entries are no group's, so that a kernel may fetch ahead.
 
 At density d a group has 1-(1-d)^G entries a column in place of G·d: sharing saves activation traffic, and costs
 products with absent blocks unless a kernel skips them. Everything here is torch on the index's own device without a
@@ -29,6 +29,9 @@ from .topology import Topology
 
 TAP_SHIFT = 16
 INNER_MASK = (1 << TAP_SHIFT) - 1
+
+# Entries after the last one that any topology fills.
+SPARE = 4
 
 # In the order of `RowGroups.tensors`.
 FIELDS = ("start", "entry", "slot", "order")
@@ -71,7 +74,7 @@ def shapes(index: WeightIndex, size: int, transposed: bool) -> dict[str, tuple[i
     """Shape of every field for groups of `size` lines; it follows from the weight's shape and nnzb alone."""
     lines, inners = _extent(index, transposed)
     groups = -(-lines // size)
-    capacity = min(index.nnzb, groups * inners * index.taps) + 1
+    capacity = min(index.nnzb, groups * inners * index.taps) + SPARE
     return {"start": (groups + 1,), "entry": (capacity,), "slot": (capacity, size), "order": (groups,)}
 
 

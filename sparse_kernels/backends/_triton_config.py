@@ -30,7 +30,7 @@ class ProductConfig:
 
     Args:
         block_p: positions of a program. warps, stages: as Triton means them. band: position tiles that are gone
-            through for all row-groups before the next. unroll: steps of the loop laid out together.
+            through for all row-groups before the next. entries: 1 or 2 of the row-group's a step.
         cache: where activation tiles are kept: "" and ".cg" in L2, ".ca" in L1 too.
     """
 
@@ -38,7 +38,7 @@ class ProductConfig:
     warps: int
     stages: int
     band: int = 16
-    unroll: int = 1
+    entries: int = 1
     cache: str = ""
 
 
@@ -121,11 +121,12 @@ def choose_product(
     """The launch for `positions` x `groups` tiles of `width` outputs, steps of `inner` features of `bytes_` each."""
     chosen = None
     for config in table.product:
-        step = (config.block_p + width) * inner * bytes_
+        entries = 2 if inner * bytes_ < 64 else config.entries
+        step = (config.block_p + width) * inner * entries * bytes_
         stages = min(config.stages, table.shared_bytes // step)
         if stages < 2 or config.block_p * width * 4 > table.shared_bytes:
             continue
-        chosen = replace(config, stages=stages, unroll=2 if inner * bytes_ < 64 else 1, cache=".ca" if gathers else "")
+        chosen = replace(config, stages=stages, entries=entries, cache=".ca" if gathers else "")
         if -(-positions // config.block_p) * groups >= processors:
             break
     assert chosen is not None, "the last row of a table fits every block"

@@ -94,6 +94,8 @@ def product(
             many = where.kernel != (1, 1)
             sizes = positions, groups.count, groups.size * line, inner, x.element_size()
             config = configs.choose_product(*_machine(x.device), *sizes, many)
+        # A tap that is divided by the stride is no single offset, and takes a step of its own.
+        entries = 1 if transposed and where.stride != (1, 1) else config.entries
         tiles = -(-positions // config.block_p)
         kernel = _kernels().product_kernel
         with _on(x.device):
@@ -103,7 +105,7 @@ def product(
                 *images.strides(),
                 GROUP=groups.size, LINE=line, INNER=inner,
                 LINE_STRIDE=1 if transposed else index.bw, INNER_STRIDE=index.bw if transposed else 1,
-                BLOCK_P=config.block_p, BAND=config.band, UNROLL=config.unroll,
+                BLOCK_P=config.block_p, BAND=config.band, ENTRIES=entries,
                 TRANSPOSED=transposed, POINTWISE=flat, **_geometry(where),
                 EVEN=images.channels % inner == 0, VEC=images.vector,
                 HAS_BIAS=bias is not None, KEEP=keep,
@@ -202,6 +204,7 @@ def _gradient_constants(
 def _geometry(conv: ConvGeometry) -> dict[str, int]:
     stride, padding, dilation = conv.stride, conv.padding, conv.dilation
     return {
+        "KERNEL_H": conv.kernel[0],
         "KERNEL_W": conv.kernel[1],
         "STRIDE_H": stride[0],
         "STRIDE_W": stride[1],

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .product import inside
+
 
 @triton.jit
 def gradient_tile(
@@ -40,6 +42,7 @@ def gradient_tile(
     VEC: tl.constexpr,  # elements that divide every stride of x, and channels
     BLOCK_P: tl.constexpr,
     POINTWISE: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -53,39 +56,54 @@ def gradient_tile(
 ):
     """`gather(X)ᵀ · dY` over the positions first_p … last_p - 1: fp32 `[K, M]`."""
     acc = tl.zeros((K, M), dtype=tl.float32)
-    inside = out < outputs
+    real = out < outputs
     if not EVEN:
         valid = valid & (features < channels)
     offset_h = taps // KERNEL_W * DIL_H - PAD_H
     offset_w = taps % KERNEL_W * DIL_W - PAD_W
     shift = features
     if not POINTWISE:
-        shift = features + offset_h * x_row_stride + offset_w * x_pixel_stride
+        shift += offset_h * x_row_stride + offset_w * x_pixel_stride
     # The features of a column share its tap and follow one another, which no analysis sees behind a load.
     shift = tl.max_contiguous(tl.multiple_of(shift, VEC), INNER)
     offset_h = tl.max_constancy(offset_h, INNER)
     offset_w = tl.max_constancy(offset_w, INNER)
     valid = tl.max_constancy(valid, VEC)
+    lane = tl.arange(0, BLOCK_P)
+    # Where every step lies in whole rows of one image, or in one row, what differs between positions is loop-invariant.
+    WHOLE: tl.constexpr = y_height * y_width % BLOCK_P == 0 and (y_width % BLOCK_P == 0 or BLOCK_P % y_width == 0)
+    lane_h = lane // y_width * STRIDE_H
+    lane_w = lane % y_width * STRIDE_W
+    lane_shift = (lane_h * x_row_stride + lane_w * x_pixel_stride)[None, :] + shift[:, None]  # [K, p]
+    lane_h = lane_h[None, :] + offset_h[:, None]
+    lane_w = lane_w[None, :] + offset_w[:, None]
+    tile = dy + (first_p + lane).to(tl.int64)[:, None] * outputs + out[None, :]
     for begin in range(first_p, last_p, BLOCK_P):
-        p = begin + tl.arange(0, BLOCK_P)
+        p = begin + lane
         live = p < last_p
+        mask = valid[:, None]
         if POINTWISE:
-            pixels = x + p.to(tl.int64) * x_pixel_stride
-            mask = valid[:, None] & live[None, :]
+            pixels = (x + p.to(tl.int64) * x_pixel_stride)[None, :] + shift[:, None]
+            mask = mask & live[None, :]
+        elif WHOLE:
+            h = begin // y_width % y_height * STRIDE_H
+            w = begin % y_width * STRIDE_W
+            image = begin // (y_height * y_width)
+            pixels = x + image.to(tl.int64) * x_image_stride + (h * x_row_stride + w * x_pixel_stride) + lane_shift
+            mask = mask & inside(lane_h + h, x_height) & inside(lane_w + w, x_width)
         else:
             h = p // y_width % y_height * STRIDE_H
             w = p % y_width * STRIDE_W
             image = p // (y_height * y_width)
             pixels = x + image.to(tl.int64) * x_image_stride + (h * x_row_stride + w * x_pixel_stride)
-            ih = offset_h[:, None] + h[None, :]
-            iw = offset_w[:, None] + w[None, :]
-            mask = valid[:, None] & live[None, :]
-            mask = mask & (ih >= 0) & (ih < x_height) & (iw >= 0) & (iw < x_width)
+            pixels = pixels[None, :] + shift[:, None]
+            mask = mask & live[None, :]
+            mask = mask & inside(offset_h[:, None] + h[None, :], x_height)
+            mask = mask & inside(offset_w[:, None] + w[None, :], x_width)
         # Addressed as it is multiplied: behind a tl.trans the load would not be pipelined for sm_80.
-        tile_x = tl.load(pixels[None, :] + shift[:, None], mask=mask, other=0.0, cache_modifier=CACHE)  # [K, p]
-        tile_dy = tl.load(
-            dy + p.to(tl.int64)[:, None] * outputs + out[None, :], mask=live[:, None] & inside[None, :], other=0.0
-        )  # [p, M]
+        tile_x = tl.load(pixels, mask=mask, other=0.0, cache_modifier=CACHE)  # [K, p]
+        tile_dy = tl.load(tile, mask=live[:, None] & real[None, :], other=0.0)  # [p, M]
+        tile += BLOCK_P * outputs
         acc = tl.dot(tile_x, tile_dy, acc, input_precision=PRECISION)
     return acc
 
@@ -118,6 +136,7 @@ def sddmm_kernel(
     BW: tl.constexpr,
     BLOCK_P: tl.constexpr,
     POINTWISE: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -171,6 +190,7 @@ def sddmm_kernel(
         VEC,
         BLOCK_P,
         POINTWISE,
+        KERNEL_H,
         KERNEL_W,
         STRIDE_H,
         STRIDE_W,
@@ -183,9 +203,9 @@ def sddmm_kernel(
         CACHE,
     )
     slots = tl.load(slot + column[:, None] * GROUP + (m // BH)[None, :], mask=valid[:, None], other=-1)  # [K, M]
-    inside = (m % BH)[None, :] * BW + (k % BW)[:, None]
+    within = (m % BH)[None, :] * BW + (k % BW)[:, None]
     block = target + split.to(tl.int64) * split_stride + slots.to(tl.int64) * (BH * BW)
-    tl.store(block + inside, acc, mask=slots >= 0)
+    tl.store(block + within, acc, mask=slots >= 0)
 
 
 @triton.jit
@@ -216,6 +236,7 @@ def block_scores_kernel(
     BLOCK_P: tl.constexpr,
     PARTIAL: tl.constexpr,
     POINTWISE: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -264,6 +285,7 @@ def block_scores_kernel(
         VEC,
         BLOCK_P,
         POINTWISE,
+        KERNEL_H,
         KERNEL_W,
         STRIDE_H,
         STRIDE_W,
@@ -279,12 +301,12 @@ def block_scores_kernel(
         row = row_tile * M + m
         place = column_tile * K + k
         base = target + (split * row_blocks * BH).to(tl.int64) * (col_blocks * BW)
-        inside = (row < row_blocks * BH)[None, :] & (place < col_blocks * BW)[:, None]
-        tl.store(base + row[None, :] * (col_blocks * BW) + place[:, None], acc, mask=inside)
+        real = (row < row_blocks * BH)[None, :] & (place < col_blocks * BW)[:, None]
+        tl.store(base + row[None, :] * (col_blocks * BW) + place[:, None], acc, mask=real)
     else:
         squares = tl.reshape(acc * acc, (COLUMNS, BW, ROWS, BH))
         scores = tl.sum(tl.sum(squares, axis=3), axis=1)  # [COLUMNS, ROWS]
         row = row_tile * ROWS + tl.arange(0, ROWS)
         col = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (row < row_blocks)[None, :] & (col < col_blocks)[:, None]
-        tl.store(target + row[None, :] * col_blocks + col[:, None], scores, mask=inside)
+        real = (row < row_blocks)[None, :] & (col < col_blocks)[:, None]
+        tl.store(target + row[None, :] * col_blocks + col[:, None], scores, mask=real)

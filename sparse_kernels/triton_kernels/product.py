@@ -8,8 +8,8 @@ group's G weight blocks, absent ones as zeros without traffic, and multiplies on
 the software pipelining. What the zeros cost and what the shared tile saves is a matter of G (backends/_triton_config).
 
 What an entry names is loaded one step before it is used, so that the tile's address never waits for memory: the loop
-then pipelines as that of a dense product, tiles by 16-byte cp.async, products by wgmma or mma.sync. Entries rise by
-channel block, then tap: with CACHE ".ca" (honoured from Triton 3.8 on) the nine tiles of a 3x3 come from L1 after the
+then pipelines as that of a dense product, tiles by 16-byte cp.async, products by wgmma or mma.sync. Blocks of 16 go two
+entries a step, because a step of 16 is one instruction deep. Entries rise by channel block, then tap: with CACHE ".ca" (honoured from Triton 3.8 on) the nine tiles of a 3x3 come from L1 after the
 first, as a halo tile would; with ".cg" each comes from L2.
 
 Programs are numbered in bands of BAND position tiles; within a band, by group, longest first: those that run together
@@ -35,6 +35,37 @@ def activate(x, CODE: tl.constexpr):
         # 0.5 (1 + tanh u) = sigmoid(2u)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return x
+
+
+@triton.jit
+def inside(i, size):
+    """0 <= i < size in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+
+
+@triton.jit
+def slots_of(slot, i, GROUP: tl.constexpr):
+    """The slots of entry i: four scalars, of which GROUP are its own. A vector would change its layout in every step."""
+    s0 = tl.load(slot + i * GROUP)
+    s1 = s0
+    s2 = s0
+    s3 = s0
+    if GROUP > 1:
+        s1 = tl.load(slot + i * GROUP + 1)
+    if GROUP > 2:
+        s2 = tl.load(slot + i * GROUP + 2)
+        s3 = tl.load(slot + i * GROUP + 3)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def spread(s0, s1, s2, s3, member, GROUP: tl.constexpr):
+    """The slot of each output's line."""
+    if GROUP == 1:
+        return tl.where(member == 0, s0, -1)
+    if GROUP == 2:
+        return tl.where(member == 0, s0, s1)
+    return tl.where(member < 2, tl.where(member == 0, s0, s1), tl.where(member == 2, s2, s3))
 
 
 @triton.jit
@@ -67,9 +98,10 @@ def product_kernel(
     INNER_STRIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BAND: tl.constexpr,
-    UNROLL: tl.constexpr,
+    ENTRIES: tl.constexpr,  # of a step: 1, or 2 where a tap is one offset
     TRANSPOSED: tl.constexpr,
     POINTWISE: tl.constexpr,  # every position reads its own pixel: linear
+    KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
@@ -94,13 +126,18 @@ def product_kernel(
     tile = band * BAND + within % in_band
 
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    k = tl.arange(0, INNER)
     n = tl.arange(0, WIDTH)
     live = p < positions
     x_row_stride = x_row * VEC
     x_pixel_stride = x_pixel * VEC
+    # A tap is one offset for all positions, unless it must be divided by the stride; whether it is inside the image
+    # is a bit of each position's, where a word holds them.
+    DIVIDES: tl.constexpr = TRANSPOSED and (STRIDE_H > 1 or STRIDE_W > 1)
+    BITS: tl.constexpr = not POINTWISE and not DIVIDES and KERNEL_H * KERNEL_W <= 32
+    SIGN: tl.constexpr = -1 if TRANSPOSED else 1
     h = p
     w = p
+    bits = p
     if POINTWISE:
         rows = x + p.to(tl.int64) * x_pixel_stride
     else:
@@ -114,49 +151,86 @@ def product_kernel(
             h = h * STRIDE_H - PAD_H
             w = w * STRIDE_W - PAD_W
         rows = x + image.to(tl.int64) * (x_image * VEC)
+        if not DIVIDES:
+            rows += h * x_row_stride + w * x_pixel_stride
+    if BITS:
+        bits = tl.zeros((BLOCK_P,), dtype=tl.int32)
+        for kh in tl.static_range(KERNEL_H):
+            row_inside = live & inside(h + SIGN * kh * DIL_H, x_height)
+            for kw in tl.static_range(KERNEL_W):
+                pixel_inside = row_inside & inside(w + SIGN * kw * DIL_W, x_width)
+                bits |= pixel_inside.to(tl.int32) << (kh * KERNEL_W + kw)
 
     first = tl.load(start + group)
     last = tl.load(start + group + 1)
-    blocks = values + (n % LINE)[None, :] * LINE_STRIDE + k[:, None] * INNER_STRIDE
+    K: tl.constexpr = ENTRIES * INNER
+    k = tl.arange(0, K)
+    second = (k // INNER) == 1
+    within = k % INNER
     member = n // LINE
+    blocks = values + (n % LINE)[None, :] * LINE_STRIDE + within[:, None] * INNER_STRIDE
     acc = tl.zeros((BLOCK_P, WIDTH), dtype=tl.float32)
     next_where = tl.load(entry + first)
-    next_slots = tl.load(slot + first * GROUP + member)
-    for i in tl.range(first, last, loop_unroll_factor=UNROLL):
+    n0, n1, n2, n3 = slots_of(slot, first, GROUP)
+    also_where = next_where
+    a0, a1, a2, a3 = n0, n1, n2, n3
+    if ENTRIES == 2:
+        also_where = tl.load(entry + first + 1)
+        a0, a1, a2, a3 = slots_of(slot, first + 1, GROUP)
+    for i in range(first, last, ENTRIES):
         where = next_where
-        slots = next_slots
-        next_where = tl.load(entry + i + 1)
-        next_slots = tl.load(slot + (i + 1) * GROUP + member)
+        slots = spread(n0, n1, n2, n3, member, GROUP)[None, :]  # [1, WIDTH]
+        next_where = tl.load(entry + i + ENTRIES)
+        n0, n1, n2, n3 = slots_of(slot, i + ENTRIES, GROUP)
         tap = where >> 16
+        r = tap // KERNEL_W
+        s = tap - r * KERNEL_W
         inner = where & 65535
         mask = live
         pixels = rows
-        if not POINTWISE:
-            r = tap // KERNEL_W
-            s = tap - r * KERNEL_W
-            if TRANSPOSED:
-                ih = h - r * DIL_H
-                iw = w - s * DIL_W
-                if STRIDE_H != 1:
-                    mask = mask & (ih % STRIDE_H == 0)
-                    ih = ih // STRIDE_H
-                if STRIDE_W != 1:
-                    mask = mask & (iw % STRIDE_W == 0)
-                    iw = iw // STRIDE_W
-            else:
-                ih = h + r * DIL_H
-                iw = w + s * DIL_W
-            mask = mask & (ih >= 0) & (ih < x_height) & (iw >= 0) & (iw < x_width)
+        shift = inner * INNER
+        if DIVIDES:
+            ih = h - r * DIL_H
+            iw = w - s * DIL_W
+            mask = mask & (ih % STRIDE_H == 0) & (iw % STRIDE_W == 0)
+            ih = ih // STRIDE_H
+            iw = iw // STRIDE_W
+            mask = mask & inside(ih, x_height) & inside(iw, x_width)
             pixels = rows + (ih * x_row_stride + iw * x_pixel_stride)
-        here = mask[:, None]
+        elif not POINTWISE:
+            shift += SIGN * (r * DIL_H * x_row_stride + s * DIL_W * x_pixel_stride)
+            if BITS:
+                mask = (bits >> tap & 1) != 0
+            else:
+                mask = mask & inside(h + SIGN * r * DIL_H, x_height) & inside(w + SIGN * s * DIL_W, x_width)
+        mask = mask[:, None]  # [BLOCK_P, 1]
+        shifts = within + shift
+        features = within + inner * INNER
+        if ENTRIES == 2:
+            here = i + 1 < last
+            tap = also_where >> 16
+            inner = also_where & 65535
+            also_slots = tl.where(here, spread(a0, a1, a2, a3, member, GROUP), -1)
+            slots = tl.where(second[:, None], also_slots[None, :], slots)  # [K, WIDTH]
+            also_where = tl.load(entry + i + 3)
+            a0, a1, a2, a3 = slots_of(slot, i + 3, GROUP)
+            shift = inner * INNER
+            also = live
+            if not POINTWISE:
+                r = tap // KERNEL_W
+                s = tap - r * KERNEL_W
+                shift += SIGN * (r * DIL_H * x_row_stride + s * DIL_W * x_pixel_stride)
+                if BITS:
+                    also = (bits >> tap & 1) != 0
+                else:
+                    also = also & inside(h + SIGN * r * DIL_H, x_height) & inside(w + SIGN * s * DIL_W, x_width)
+            mask = tl.where(second[None, :], (also & here)[:, None], mask)  # [BLOCK_P, K]
+            shifts = tl.where(second, within + shift, shifts)
+            features = tl.where(second, within + inner * INNER, features)
         if not EVEN:
-            here = here & (inner * INNER + k < channels)[None, :]
-        tile_x = tl.load(
-            pixels[:, None] + (inner * INNER + k)[None, :], mask=here, other=0.0, cache_modifier=CACHE
-        )  # [BLOCK_P, INNER]
-        tile_w = tl.load(
-            blocks + slots.to(tl.int64)[None, :] * (LINE * INNER), mask=slots[None, :] >= 0, other=0.0
-        )  # [INNER, WIDTH]
+            mask = mask & (features < channels)[None, :]
+        tile_x = tl.load(pixels[:, None] + shifts[None, :], mask=mask, other=0.0, cache_modifier=CACHE)  # [BLOCK_P, K]
+        tile_w = tl.load(blocks + slots.to(tl.int64) * (LINE * INNER), mask=slots >= 0, other=0.0)  # [K, WIDTH]
         acc = tl.dot(tile_x, tile_w, acc, input_precision=PRECISION)
 
     out = group * WIDTH + n
