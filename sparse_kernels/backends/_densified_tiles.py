@@ -1,9 +1,9 @@
 """A dense convolution by the block kernels: the `densified` backend's way where the weight outweighs the image.
 
 oneDNN copies a dense weight into its own layout in the forward and again in the backward, and its gradient back. Of few
-positions these copies are a third of its time (896 channels at 8x8: 91 ms, ours 55 ms for all of the weight, one Zen 5
-core). So the weight is scattered as the values of a full weight of 32 x 32 blocks, which the block kernels read as they
-read any other.
+positions these copies are a third of its time (896 channels at 8x8, N=4: 91 ms, ours 55 ms for all of the weight, one
+Zen 5 core). So the weight is scattered as the values of a full weight of 32 x 32 blocks, which the block kernels read
+as they read any other.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from . import _cpu_conv_block
 from .registry import ConvGeometry
 
 TILE = Block(32, 32)
-# Beyond, oneDNN is as fast or faster: with 1024 positions by 0.9 to 1.06, with 256 by 0.6 to 0.85.
-MOST_POSITIONS = 512
+# Up to so many positions, or with so many weights a position, the tiles are the faster way, copies included: with 256
+# positions by 1.0 to 1.5, with 1024 and 4 million weights by 1.1; with 1024 and 0.6 million they are slower by 1.1.
+FEW_POSITIONS = 512
+MANY_WEIGHTS = 2048
 
 
 def serves(x: Tensor, index: WeightIndex, conv: ConvGeometry) -> bool:
     """Whether the block kernels are the faster dense convolution for images `x`."""
     height, width = conv.output_size(x.shape[2], x.shape[3])
+    positions = x.shape[0] * height * width
     return (
-        x.shape[0] * height * width <= MOST_POSITIONS
+        (positions <= FEW_POSITIONS or index.out * index.taps * index.in_ >= MANY_WEIGHTS * positions)
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and TILE.padding(index.out, index.in_) <= MAX_PADDING

@@ -69,12 +69,11 @@ def gather(weight: Tensor, index: WeightIndex, dtype: torch.dtype | None = None)
 
 
 def _copy(launcher: str, index: WeightIndex, layout: Any, source: Tensor, target: Tensor) -> None:
-    lib, scatters = _native.native(), launcher == "densify"
-    dense = target if scatters else source
-    if scatters and dense.nbytes >= _cpu_gru.LARGE_BYTES:
-        lib.advise_huge_pages(dense.data_ptr(), dense.nbytes)
-    value_bytes = (source if scatters else target).element_size()
-    where = native_index(index), layout, value_bytes, dense.element_size()
+    lib = _native.native()
+    values, dense = (source, target) if launcher == "densify" else (target, source)
+    if target.nbytes >= _cpu_gru.LARGE_BYTES:
+        lib.advise_huge_pages(target.data_ptr(), target.nbytes)
+    where = native_index(index), layout, values.element_size(), dense.element_size()
     check(getattr(lib, launcher)(*where, source.data_ptr(), target.data_ptr(), torch.get_num_threads()), launcher)
 
 
