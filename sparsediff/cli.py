@@ -1,4 +1,4 @@
-"""The command line: `sparsediff train | sample | demo | doctor`.
+"""The command line: `sparsediff train | sample | account | demo | doctor`.
 
 Exit codes: 0 done; 1 failed, with a message on stderr; 2 wrong usage; 130 and 143 stopped by Ctrl-C and SIGTERM, after
 saving.
@@ -14,14 +14,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import tyro
 
 from sparsediff import __version__
 from sparsediff.allocator import keep_freed_memory
-from sparsediff.presets import PRESETS, TrainConfig
+from sparsediff.presets import PRESETS, MethodName, TrainConfig
 from sparsediff.registry import entry_names
+
+if TYPE_CHECKING:
+    PresetName: TypeAlias = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
 
 Command = Callable[[Sequence[str]], int]
 FLAGS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without a --no-resume
@@ -55,6 +60,34 @@ class SampleConfig:
     """CPU threads; 0: torch's choice."""
 
 
+@dataclass(frozen=True)
+class AccountConfig:
+    """Counts parameters, FLOPs and memory of a preset beside its dense twin; what is not given is the preset's."""
+
+    preset: Annotated[PresetName, tyro.conf.Positional]
+    """The preset."""
+    method: MethodName | None = None
+    """Training method."""
+    sparsity: float | None = None
+    """S: the fraction of the network's weights that is absent."""
+    allocation: Literal["erk", "uniform", "flops"] | None = None
+    """How S is spread over the layers."""
+    pattern: str | None = None
+    """unstructured, or block:HxW."""
+    every: int | None = None
+    """Delta T: steps between regrows, for rigl's training FLOPs."""
+    sample_steps: int | None = None
+    """Denoising steps of one sample."""
+    epochs: int | None = None
+    """Passes over the training split."""
+    batch_size: int | None = None
+    """Samples a step."""
+    samples: int | None = None
+    """Samples of the training split; the published run's where there is one."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+
 def train(args: Sequence[str]) -> int:
     """Trains a preset; every value of it is an option."""
     presets = tyro.extras.subcommand_type_from_defaults(
@@ -79,6 +112,15 @@ def sample(args: Sequence[str]) -> int:
     return 0
 
 
+def account(args: Sequence[str]) -> int:
+    """Counts what a preset costs."""
+    options = vars(tyro.cli(AccountConfig, args=args, prog="sparsediff account", config=FLAGS)).copy()
+    from sparsediff.account import run
+
+    print(run(options.pop("preset"), as_json=options.pop("json"), **options))
+    return 0
+
+
 def demo(args: Sequence[str]) -> int:
     """Runs the demo, which has options of its own."""
     keep_freed_memory()
@@ -98,6 +140,10 @@ def doctor_options() -> None:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "train a preset: sparsediff train PRESET --method rigl --sparsity 0.75 ..."),
     "sample": (sample, "draw samples: sparsediff sample CHECKPOINT --n 64 --steps 50 --out samples.png"),
+    "account": (
+        account,
+        "count parameters, FLOPs, memory: sparsediff account PRESET --method rigl --sparsity 0.75 --json",
+    ),
     "demo": (demo, "train dense beside sparse for a few minutes and write a report"),
     "doctor": (doctor, "show versions, hardware, backends, and what is missing"),
 }

@@ -114,17 +114,7 @@ def sparsify(
     counted = [item for item in found if item.spec is not None]
     if all(item.reason is not None for item in counted) and sparsity > 0.0:
         raise ValueError(f"sparsify: nothing in this {type(model).__name__} can be sparse. {_reasons(found)}")
-    positions: dict[int, float] = {}
-    if example_inputs is not None:
-        modules = {id(item.module): item.module for item in counted}
-        positions = count_positions(model, modules.values(), example_inputs)
-    if allocation == "flops" and positions:  # without, the allocation names the first weight that lacks them
-        counted = [
-            replace(item, spec=replace(item.spec, positions=positions[id(item.module)]))
-            for item in counted
-            if item.spec
-        ]
-    counts = allocations.allocate([item.spec for item in counted if item.spec], sparsity, block, allocation)
+    counts, positions = share_out(model, counted, sparsity, block, allocation, example_inputs)
     share = {
         (id(item.module), item.weight): 1.0 - count / item.spec.blocks(block)
         for item, count in zip(counted, counts, strict=True)
@@ -151,6 +141,31 @@ def sparsify(
                 _put(item.module, replaced[id(item.module)], places[id(item.module)])
         _fuse_again(model)
         raise
+
+
+def share_out(
+    model: nn.Module, counted: Sequence[Found], sparsity: float, pattern: Block, allocation: str, example_inputs: Any
+) -> tuple[list[int], dict[int, float]]:
+    """How many blocks each weight of a survey keeps, without changing the model; no content of a weight is read.
+
+    Args:
+        model: may lie on the meta device. counted: the found weights that have a `spec`.
+        sparsity, pattern, allocation, example_inputs: as for `sparsify`.
+
+    Returns:
+        Block counts in the order of `counted`, and rows of the product by `id(module)`, where example inputs told.
+
+    Raises:
+        ValueError: as `sparsify` does.
+    """
+    positions: dict[int, float] = {}
+    if example_inputs is not None:
+        positions = count_positions(model, {id(item.module): item.module for item in counted}.values(), example_inputs)
+    specs = [item.spec for item in counted if item.spec]
+    if allocation == "flops" and positions:  # without, the allocation names the first weight that lacks them
+        rows = [positions[id(item.module)] for item in counted]
+        specs = [replace(spec, positions=count) for spec, count in zip(specs, rows, strict=True)]
+    return allocations.allocate(specs, sparsity, pattern, allocation), positions
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -59,6 +59,18 @@ class Method:
         """Called after `optimizer.step()`; what it did, for the log (JSON values), or None if nothing."""
         return None
 
+    @classmethod
+    def training_flops(cls, sparse: float, dense: float, *, every: int) -> float:
+        """FLOPs of one training step on one sample: the forward, and twice as many for the gradients.
+
+        Args:
+            sparse, dense: f_S and f_D, FLOPs of a forward of the trained model and of its dense twin.
+            every: ΔT, the mean number of steps from one growth step to the next.
+
+        Source: Evci et al., "Rigging the Lottery", ICML 2020, appendix on FLOPs.
+        """
+        return 3 * sparse
+
     def state_dict(self) -> dict[str, Any]:
         """State beyond the model's: nested dicts of tensors and JSON values."""
         return {}

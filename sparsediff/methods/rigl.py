@@ -40,6 +40,11 @@ class RigL(DynamicMethod):
     _open = False  # whether scores of the coming step are being taken
     _reduced: dict[str, Candidates]  # by weight name, what the hooks have made of them
 
+    @classmethod
+    def training_flops(cls, sparse: float, dense: float, *, every: int) -> float:
+        """`(3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1)`: a growth step has the gradient of every weight."""
+        return (3 * sparse * every + 2 * sparse + dense) / (every + 1)
+
     def begin_step(self, micro_batches: int = 1) -> None:
         """Opens the score taps where the coming `step()` will regrow; before the first forward of the iteration.
 

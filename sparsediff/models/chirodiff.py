@@ -126,6 +126,8 @@ def run_gru(gru: nn.Module, x: Tensor, lengths: Tensor, form: GRUForm = "packed"
     """
     if not isinstance(gru, nn.GRU):
         return gru(x, lengths=lengths)[0]
+    if x.is_meta:  # lengths have no content there: every row counts
+        return gru(x)[0]
     # The padded form goes around the module's own forward, where hooks would miss it.
     if form == "packed" or gru._forward_hooks:
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
