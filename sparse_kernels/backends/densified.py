@@ -25,7 +25,7 @@ from .registry import ConvGeometry, GruGrads, GruWeight, ProductGrads, register,
 
 _NATIVE_BYTES = (2, 4, 8)
 # Multiply-adds from which oneDNN's rate outweighs its 20 us a call (Zen 5).
-_ONEDNN_FROM = 1 << 21
+_ONEDNN_FROM = 1 << 20
 
 
 def conv_weight(dense: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tensor:
