@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_kernels import Plan, SparseLinear, backends, replan, sparsify
+from sparse_kernels import Block, Plan, SparseLinear, backends, replan, sparsify
+from sparse_kernels.backends import Backend, registry
 from sparse_kernels.nn import costs, measure
 from sparse_kernels.nn.costs import Times, decide
 
@@ -114,6 +115,51 @@ def test_layers_without_a_sparse_kernel_are_timed_too() -> None:
     assert plan.step_speedup() > 0 and Plan.from_json(plan.to_json()) == plan
     assert decide(Times(1.0, 1.0, None), "cpu", "measured") == ("densified", "no sparse kernel (measured)")
     assert Times(1.0, 2.0, None).scaled(3.0) == Times(3.0, 6.0, None)
+
+
+class HalfOnly(Backend):
+    """Kernels as GPUs have them: in half precision alone."""
+
+    name = "half-only"
+
+    def why_unsupported(self, op: str, *, pattern: Block, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None if dtype in (torch.bfloat16, torch.float16) else f"its kernels are bfloat16, not {dtype}"
+
+    def deriver(self, op: str, pattern: Block) -> None:
+        asked.append(op)
+
+    def spmm(self, x: Tensor, values: Tensor, index: Any, bias: Any = None, conv: Any = None) -> Tensor:
+        return backends.get("reference").spmm(x, values, index, bias, conv)
+
+
+asked: list[str] = []
+
+
+def test_kernels_in_half_precision_are_planned_inside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {
+        "half-only": HalfOnly(),
+        "reference": backends.get("reference"),
+        "densified": backends.get("densified"),
+    }
+    monkeypatch.setattr(registry, "_BACKENDS", registered)
+    registry.require.cache_clear()
+    try:
+        layer, x = SparseLinear(32, 32, pattern="8x8", sparsity=0.5), torch.randn(4, 32)
+        assert layer.execution == "densified" and not asked
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.native() == ("half-only", "sparse kernel", torch.bfloat16)
+            assert layer.work().dtype == torch.bfloat16
+            layer.execution = "auto"
+            assert layer.execution == "half-only" and layer(x).dtype == torch.bfloat16
+        layer.execution = "half-only"  # for training under autocast; its index buffers are made
+        assert asked and layer.execution_reason == "asked for"
+        with pytest.raises(RuntimeError, match=r"its kernels are bfloat16, not torch.float32"):
+            layer(x)
+        with pytest.raises(RuntimeError, match=r"its kernels are bfloat16, not torch.float64"):
+            layer.double().execution = "half-only"
+    finally:
+        monkeypatch.undo()
+        registry.require.cache_clear()
 
 
 @pytest.mark.parametrize(

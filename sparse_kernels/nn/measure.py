@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .. import backends
 from ..backends.reference import memory_format
 from ..topology import Topology
 from .costs import Times
@@ -147,8 +146,7 @@ def kind_of(layer: SparseLayer, call: Call) -> tuple[Any, ...]:
 def layer_times(layer: SparseLayer, call: Call, *, rounds: int = ROUNDS) -> Times:
     """Times of one call, forward and backward, in every form; the sparse one is that of the backend that was asked for
     by name, if any, and missing where no sparse backend serves the layer."""
-    probe = layer._probe()
-    name, _ = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    probe, (name, _, _) = layer._probe(), layer.native()
     if layer.asked_for not in (None, "densified"):
         name = str(layer.asked_for)
     with _forked(probe.device):

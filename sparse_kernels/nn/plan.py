@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from .. import backends
 from .costs import Times
 from .weights import SparseLayer
 
@@ -177,8 +176,7 @@ class Plan:
                     f"plan: layer {path!r} is {there[0]}, {there[1]} with {there[2]} blocks in the plan and "
                     f"{here[0]}, {here[1]} with {here[2]} in the model; make a plan for this model."
                 )
-            device, dtype = layer._probe().device, layer._probe().dtype
-            backends.require(one.execution, layer.op, pattern=layer.pattern, dtype=dtype, device=device)
+            layer.require(one.execution)
         for path, layer in layers.items():
             layer.follow(planned[path].execution, planned[path].reason, planned[path].positions)
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import backends
 from . import measure
 from .costs import Times, cost_table, decide, why_no_times
 from .measure import Call
@@ -105,7 +104,7 @@ def _measured(layers: Mapping[str, SparseLayer], calls: Mapping[str, Call]) -> d
 def _decided(path: str, layer: SparseLayer, mode: str, call: Call | None, times: Times | None) -> LayerPlan:
     """The layer's form; its times are those `times` that were measured over all uses, or the cost table's."""
     probe, asked = layer._probe(), layer.asked_for
-    native, why = backends.choose(layer.op, pattern=layer.pattern, dtype=probe.dtype, device=probe.device)
+    native, why, _ = layer.native()
     table, work = cost_table(probe.device), layer.work()
     work = dataclasses.replace(work, positions=work.positions if call is None else call.positions)
     one, source = times, "measured"

@@ -21,6 +21,7 @@ from . import costs
 AUTO = "auto"
 SPARSE_KERNEL = "sparse kernel"  # what backends.choose says where nothing is wrong
 ASKED_FOR = "asked for"
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class SparseLayer(nn.Module):
@@ -58,9 +59,10 @@ class SparseLayer(nn.Module):
         """Name of the backend that runs this layer.
 
         Assign a name to choose it, or `"auto"` (the default) for the first sparse backend that serves the layer's
-        pattern, dtype and device; `"densified"` where none does, or where this kind of machine's cost table says that
-        the dense library is faster. `"auto"` chooses again whenever the layer moves to another dtype or device. A
-        backend assigned by name stays: where it cannot run, the forward raises its reason.
+        pattern, dtype (inside `torch.autocast` that of autocast) and device; `"densified"` where none does, or where
+        this kind of machine's cost table says that the dense library is faster. `"auto"` chooses again whenever the
+        layer moves to another dtype or device. A backend assigned by name stays: where it cannot run, the forward
+        raises its reason.
 
         Raises:
             ValueError: on assignment of an unknown name.
@@ -71,8 +73,7 @@ class SparseLayer(nn.Module):
     @execution.setter
     def execution(self, name: str) -> None:
         if name != AUTO:
-            probe = self._probe()
-            backends.require(name, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
+            self.require(name)
         self._requested, self._planned = name, None
         self._resolve()
 
@@ -102,15 +103,31 @@ class SparseLayer(nn.Module):
         self._positions = positions
         self._resolve()
 
+    def require(self, name: str) -> None:
+        """Raises where a backend cannot run this layer, be it under autocast, from which fp32 parameters are cast.
+
+        Raises:
+            ValueError: for an unknown name. RuntimeError: with the reason.
+        """
+        probe = self._probe()
+        dtypes = [probe.dtype, *(HALVES if probe.dtype == torch.float32 else ())]
+        reasons = [backends.why_not(name, self.op, pattern=self.pattern, dtype=d, device=probe.device) for d in dtypes]
+        if None not in reasons:
+            backends.require(name, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
+
+    def native(self) -> tuple[str, str, torch.dtype]:
+        """The default backend of this layer as `backends.choose` gives it, why, and the dtype that the op computes in:
+        inside `torch.autocast` that of autocast, if there is a kernel for it."""
+        probe = self._probe()
+        dtypes, kind = [probe.dtype], probe.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and probe.dtype != torch.float64:
+            dtypes.insert(0, torch.get_autocast_dtype(kind))
+        found = [(*backends.choose(self.op, pattern=self.pattern, dtype=d, device=probe.device), d) for d in dtypes]
+        return next((one for one in found if one[1] == SPARSE_KERNEL), found[0])
+
     def work(self) -> costs.Work:
         """What decides this layer's times; inside `torch.autocast` in the dtype that the op then computes in."""
-        probe = self._probe()
-        dtype, kind = probe.dtype, probe.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            backend, _ = backends.choose(self.op, pattern=self.pattern, dtype=dtype, device=probe.device)
-            dtype = torch.get_autocast_dtype(kind)
-            if backends.why_not(backend, self.op, pattern=self.pattern, dtype=dtype, device=probe.device):
-                dtype = torch.float32
+        _, _, dtype = self.native()
         sizes = [(topology.numel, topology.nnz, topology.taps) for _, _, topology in self.sparse_items()]
         dense = self._dense_elements()
         numel, nnz = (dense + sum(size[k] for size in sizes) for k in (0, 1))
@@ -143,7 +160,9 @@ class SparseLayer(nn.Module):
             self._execution, self._why = self._choose(probe)
         else:
             self._execution, self._why = self._requested, ASKED_FOR
-            if backends.why_not(self._execution, self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device):
+            try:
+                self.require(self._execution)
+            except RuntimeError:
                 return  # the op raises the reason; this backend's index buffers have no place here
         if not loaded or probe.is_meta:
             return
@@ -153,7 +172,7 @@ class SparseLayer(nn.Module):
                 topology.attach(deriver)
 
     def _choose(self, probe: Tensor) -> tuple[str, str]:
-        name, why = backends.choose(self.op, pattern=self.pattern, dtype=probe.dtype, device=probe.device)
+        name, why, _ = self.native()
         if why != SPARSE_KERNEL:
             return name, why
         work, table = self.work(), costs.cost_table(probe.device)
