@@ -73,6 +73,16 @@ def collate(strokes: Strokes, indices: npt.ArrayLike, *, form: Form = "delta", l
     return Batch(torch.from_numpy(x), torch.from_numpy(lengths.astype(np.int32)), torch.from_numpy(chosen))
 
 
+def permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of n things in an epoch, drawn from a generator of its own."""
+    # SeedSequence mixes the two numbers well: neighbouring seeds and epochs share no permutation.
+    mixed = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)[0]
+    order: npt.NDArray[np.int64] = torch.randperm(
+        n, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+    ).numpy()
+    return order
+
+
 class Batches(Iterator[Batch]):
     """Endless shuffled batches of a split, epoch after epoch.
 
@@ -145,13 +155,8 @@ class Batches(Iterator[Batch]):
 
     def _permutation(self) -> npt.NDArray[np.int64]:
         if self._order_of != (self.seed, self.epoch):
-            if self.shuffle:
-                # SeedSequence mixes the two numbers well: neighbouring seeds and epochs share no permutation.
-                mixed = np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1, np.uint64)[0]
-                generator = torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
-                self._order = torch.randperm(len(self.strokes), generator=generator).numpy()
-            else:
-                self._order = np.arange(len(self.strokes))
+            n = len(self.strokes)
+            self._order = permutation(n, self.seed, self.epoch) if self.shuffle else np.arange(n)
             self._order_of = (self.seed, self.epoch)
         return self._order
 

@@ -57,16 +57,21 @@ class Source:
     kind: str = ""
 
 
-class Dataset:
-    """One registered data set.
+class Entry:
+    """One registered data set, of drawings (`Dataset`) or of images (`ImageDataset`)."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    licence: ClassVar[str]
+
+
+class Dataset(Entry):
+    """One registered data set of drawings.
 
     `options` maps the name of every own option to its allowed values, the default first. `preparation` holds the data
     set's defaults of common options where they differ.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    licence: ClassVar[str]
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     preparation: ClassVar[Mapping[str, Any]] = {}
     has_categories: ClassVar[bool] = False
@@ -89,7 +94,7 @@ class Dataset:
         raise NotImplementedError
 
 
-DATASETS: Registry[type[Dataset]] = Registry("data set", __name__.rpartition(".")[0])
+DATASETS: Registry[type[Entry]] = Registry("data set", __name__.rpartition(".")[0])
 
 
 def names() -> list[str]:
@@ -97,7 +102,7 @@ def names() -> list[str]:
     return DATASETS.names()
 
 
-def get(name: str) -> type[Dataset]:
+def get(name: str) -> type[Entry]:
     """The data set `name`.
 
     Raises:
@@ -117,7 +122,7 @@ def load(
     cache: str | os.PathLike[str] | bool | None = None,
     **options: Any,
 ) -> StrokeData:
-    """Loads a data set, prepared and split.
+    """Loads a data set of drawings, prepared and split.
 
     Args:
         name: one of `names()`.
@@ -134,7 +139,12 @@ def load(
     Raises:
         DataError: unknown name or option, missing or unusable data.
     """
-    dataset = get(name)()
+    entry = get(name)
+    if not issubclass(entry, Dataset):
+        raise DataError(
+            f"{name}: holds images, not drawings; expected another --dataset (`load_images` reads this one)."
+        )
+    dataset = entry()
     request = _request(dataset, path, category, None if isinstance(cache, bool) else cache, options)
     source = dataset.locate(request)
     preparation = dataclasses.asdict(request.preparation)
