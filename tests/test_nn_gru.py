@@ -8,7 +8,7 @@ from layers import FP64_BUDGET, check_same, each_execution, each_pattern, genera
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sparse_kernels import Block, SparseGRU, sparse_weights
+from sparse_kernels import Block, SparseGRU, _native, sparse_weights
 
 GRU_CASES = [
     {"batch_first": True},
@@ -158,3 +158,24 @@ def test_gru_runs_under_another_default_device() -> None:
             layer(x, lengths=lengths)[0].sum().backward()
         grads.append(weight.values.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gru_computes_in_fp32_under_autocast(bidirectional: bool) -> None:
+    gru = SparseGRU(32, 24, 2, batch_first=True, bidirectional=bidirectional, pattern="block:8x8", sparsity=0.5)
+    gru.execution = "cpu"
+    lengths = torch.tensor([7, 3, 0])
+    x, h0 = torch.randn(3, 7, 32).bfloat16(), torch.randn(2 * (1 + bidirectional), 3, 24).bfloat16()
+    results, grads = [], []
+    for autocast in (True, False):
+        given = (x.clone() if autocast else x.float()).requires_grad_()
+        gru.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, h_n = gru(given, h0 if autocast else h0.float(), lengths=lengths)
+        (y.square().sum() + h_n.square().sum()).backward()
+        assert given.grad is not None and given.grad.dtype == given.dtype
+        results.append((y, h_n))
+        grads.append([given.grad.bfloat16(), *[parameter.grad for parameter in gru.parameters()]])
+    for under, outside in zip(results[0] + tuple(grads[0]), results[1] + tuple(grads[1]), strict=True):
+        torch.testing.assert_close(under, outside, rtol=0, atol=0)

@@ -66,6 +66,15 @@ SK_INLINE void pack_row(const element* src, float* dst, int64_t cols) {
     }
 }
 
+// The units of 2 * VLEN columns of two rows.
+SK_INLINE void zip_rows(const element* low, const element* high, vfloat& first, vfloat& second) {
+    const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+    const __m512i lane = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    first = (vfloat)_mm512_permutex2var_epi16(a, lane, b);
+    second = (vfloat)_mm512_permutex2var_epi16(a, _mm512_add_epi16(lane, _mm512_set1_epi16(VLEN)), b);
+}
+
 // dst[s][units of rows][side] from src[rows, strips * side]: neighbouring rows make the units; strips are `strip` units
 // apart, columns from `cols` on and a row behind the last one are zero. side is a multiple of VLEN.
 [[maybe_unused]] static void pack_strips(const element* src, int64_t ld, int64_t rows, int64_t cols, int64_t side,
@@ -73,7 +82,22 @@ SK_INLINE void pack_row(const element* src, float* dst, int64_t cols) {
     for (int64_t p = 0; p < rows; p += 2, src += 2 * ld, dst += side) {
         const bool pair = p + 1 < rows;
         float* to = dst;
-        for (int64_t c = 0; c < cols; c += side, to += strip)
+        int64_t c = 0;
+        if (pair && side == VLEN) {
+            for (; c + 2 * VLEN <= cols; c += 2 * VLEN, to += 2 * strip) {
+                vfloat first, second;
+                zip_rows(src + c, src + ld + c, first, second);
+                store(to, first), store(to + strip, second);
+            }
+        } else if (pair) {
+            for (; c + side <= cols; c += side, to += strip)
+                for (int64_t j = 0; j < side; j += 2 * VLEN) {
+                    vfloat first, second;
+                    zip_rows(src + c + j, src + ld + c + j, first, second);
+                    store(to + j, first), store(to + j + VLEN, second);
+                }
+        }
+        for (; c < cols; c += side, to += strip)
             for (int64_t j = 0; j < side; j += VLEN) {
                 const int64_t n = larger(0, smaller(VLEN, cols - c - j));
                 const __m256i low = load_first(src + c + j, n);

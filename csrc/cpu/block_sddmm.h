@@ -10,6 +10,7 @@
 #pragma once
 
 #include "api.h"
+#include "cpu/ahead.h"
 #include "cpu/bf16.h"
 
 namespace sk::SK_ISA {
@@ -33,6 +34,7 @@ struct SddmmPositions {
     int64_t lines, length, chunk;
     const int64_t *a_line, *b_line;
     int64_t a_step, b_step;
+    Ahead* next = nullptr;  // asked for with every tile
 };
 
 typedef float float4 __attribute__((vector_size(16), may_alias));
@@ -144,6 +146,7 @@ static void sddmm_group(const SddmmOperands& s, const float* a, const float* b, 
                 const float* block = s.out + (s.slot[e] * s.ha + i) * s.hb;
                 for (int64_t j = 0; j < IR * s.hb; j += 16) __builtin_prefetch(block + j, 1);
             }
+            if (at.next) ask(*at.next);
             sddmm_tile<IR, NV, PIECE>(a + i, from, s.hb, to, at, line, stop, accumulate || line);
             for (int p = 0; p < kCount; ++p)
                 if (q + p < end) to[p] += IR * s.hb;

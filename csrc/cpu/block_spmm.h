@@ -15,6 +15,7 @@
 // in index order, whatever the tile, the tail or the thread.
 #pragma once
 
+#include "cpu/ahead.h"
 #include "cpu/bf16.h"
 
 namespace sk::SK_ISA {
@@ -102,9 +103,12 @@ SK_INLINE vfloat fold_pairs(vfloat a, vfloat b) {
 #undef SK_ODD
 }
 
-// MR positions x the outputs [o, o + 2 VLEN) (wide) or all outputs (pair) of row block r.
+// MR positions x the outputs [o, o + 2 VLEN) (wide) or all outputs (pair) of row block r. The largest tiles ask for
+// what comes next: wide ones with every block, pair ones, which have no register to spare in there, once.
 template <int MR, bool PAIR, bool FETCH>
-static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t r, int64_t o) {
+static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t r, int64_t o,
+                        Ahead& next) {
+    if (PAIR && MR == kRows) ask(next);
     const int64_t first = r * a.nb + o;
     const int64_t n0 = smaller(a.n - first, VLEN), n1 = PAIR ? 0 : larger(0, smaller(a.n - first - VLEN, VLEN));
     if (n0 <= 0) return;
@@ -126,8 +130,9 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
     for (int64_t e = begin; e < end - ragged; ++e) {
         const float* w = a.weights + (a.slot ? a.slot[e] : e) * block + o;
         const int64_t after = e + 1 < end ? e + 1 : begin;
-        const float* next = a.weights + (a.slot ? a.slot[after] : after) * block + o;
-        direct_block<MR, PAIR, FETCH>(acc, x + a.idx[e] * a.kb, ldx, w, ldw, a.kb, next);
+        const float* w_after = a.weights + (a.slot ? a.slot[after] : after) * block + o;
+        if (!PAIR && MR == kRows) ask(next);
+        direct_block<MR, PAIR, FETCH>(acc, x + a.idx[e] * a.kb, ldx, w, ldw, a.kb, w_after);
     }
     if (ragged) {
         const int64_t e = end - 1, k = a.idx[e] * a.kb, kb = a.k - k, whole = PAIR ? kb & ~1 : kb;
@@ -160,28 +165,35 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
 // All of `rows` positions, the largest tile first.
 template <int MR, bool PAIR>
 static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows, int64_t r,
-                        int64_t o) {
+                        int64_t o, Ahead& next) {
     // The first tile of a slice meets the weights far away, in blocks that no hardware prefetcher connects.
     constexpr bool kFetch = !PAIR && MR == kRows;
     if (kFetch && rows >= MR) {
-        direct_tile<MR, PAIR, kFetch>(a, x, ldx, y, r, o);
+        direct_tile<MR, PAIR, kFetch>(a, x, ldx, y, r, o, next);
         rows -= MR, x += MR * ldx, y += MR * a.ldy;
     }
-    for (; rows >= MR; rows -= MR, x += MR * ldx, y += MR * a.ldy) direct_tile<MR, PAIR, false>(a, x, ldx, y, r, o);
+    for (; rows >= MR; rows -= MR, x += MR * ldx, y += MR * a.ldy)
+        direct_tile<MR, PAIR, false>(a, x, ldx, y, r, o, next);
     if constexpr (MR > 1) {
         constexpr int kNext = MR > 8 ? 8 : MR > 4 ? 4 : MR / 2;
-        if (rows) direct_rows<kNext, PAIR>(a, x, ldx, y, rows, r, o);
+        if (rows) direct_rows<kNext, PAIR>(a, x, ldx, y, rows, r, o, next);
     }
 }
 
-// Row blocks [r0, r1) for `rows` positions.
+// Row blocks [r0, r1) for `rows` positions, while `next` is asked for.
 [[maybe_unused]] static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows,
-                                          int64_t r0, int64_t r1) {
+                                          int64_t r0, int64_t r1, Ahead next) {
+    const int64_t blocks = a.ptr[r1] - a.ptr[r0], tiles = rows / kRows;
+    const bool pair = a.nb == VLEN;
+    spread_over(next, tiles * (pair ? r1 - r0 : blocks * a.nb / (2 * VLEN)));
+    // Where a line comes to less than 4 steps, what is asked for arrives no sooner than packing would fetch it.
+    const int64_t steps = tiles * blocks * a.kb * a.nb / (2 * VLEN);
+    if (next.rows * next.bytes / 64 * 4 > steps) next.rows = 0;
     for (int64_t r = r0; r < r1; ++r) {
         if (a.nb == VLEN)
-            direct_rows<kRows, true>(a, x, ldx, y, rows, r, 0);
+            direct_rows<kRows, true>(a, x, ldx, y, rows, r, 0, next);
         else
-            for (int64_t o = 0; o < a.nb; o += 2 * VLEN) direct_rows<kRows, false>(a, x, ldx, y, rows, r, o);
+            for (int64_t o = 0; o < a.nb; o += 2 * VLEN) direct_rows<kRows, false>(a, x, ldx, y, rows, r, o, next);
     }
 }
 

@@ -33,6 +33,9 @@ class SparseGRU(SparseLayer):
 
     Equivalent to: `layer.to_dense()(x, h0)`; with `lengths`, to packing `x`, running that, and unpacking.
 
+    Inside `torch.autocast` the `cpu` backend computes in fp32, whatever dtype `x` and `h0` have, and returns fp32: its
+    kernels are fp32, and a recurrence adds up what rounding loses.
+
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for
             torch.nn.GRU.

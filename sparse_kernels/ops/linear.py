@@ -19,6 +19,7 @@ from ..topology import Topology, WeightIndex
 from .common import (
     ActivatedProductAutograd,
     ProductAutograd,
+    call,
     check_bias,
     check_tap,
     check_values,
@@ -194,5 +195,5 @@ def linear(
     check_tap("linear", score_tap, topology)
     where = topology.index(backend), topology.shape
     if activation is None:
-        return _linear(x, values, bias, score_tap, *where, backend)
-    return _linear_activated(x, values, bias, score_tap, *where, activation, False, backend)[0]
+        return call(_linear, x, values, bias, score_tap, *where, backend)
+    return call(_linear_activated, x, values, bias, score_tap, *where, activation, False, backend)[0]

@@ -129,7 +129,12 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
                 // One sequential pass that the hardware prefetches; the tiles would meet cold rows line by line, and 12
                 // rows a multiple of 4 KiB apart would share the sets of the first-level cache.
                 pack_rows(a.x + p0 * ldx, ldx, mine, p.ldp, p1 - p0, cols);
-                direct_tiles(a, mine, p.ldp, a.y + p0 * ldy, p1 - p0, r0, r1);
+                // The tile that this thread will take if all are equally quick.
+                const int64_t after = smaller(p.tiles, (task + threads) / p.row_parts);
+                const int64_t n0 = smaller(positions, units * after / p.tiles * p.unit);
+                const int64_t n1 = smaller(positions, units * smaller(p.tiles, after + 1) / p.tiles * p.unit);
+                direct_tiles(a, mine, p.ldp, a.y + p0 * ldy, p1 - p0, r0, r1,
+                             ahead_of(a.x + n0 * ldx, ldx, n1 - n0, cols));
             }
 #if !defined(__AVX512BF16__)
             else if (a.nb >= kWideOutputs) {
@@ -229,12 +234,20 @@ static void sddmm(const BlockIndex& w, const element* dy, int64_t ldy, const ele
                 for (int64_t p0 = begin; p0 < end; p0 += p.tile_rows) {
                     const int64_t rows = smaller(p.tile_rows, end - p0), first = c * s.hb;
                     const int64_t strip_a = strip_size(units(rows), s.ha), line = 0;
-                    const SddmmPositions at = {1, units(rows), 1, &line, &line, s.ha, s.hb};
                     mine_s.strip = strip_size(units(rows), s.hb);
                     pack_strips(b + p0 * ldb + first, ldb, rows, smaller(p.chunk * s.hb, b_cols - first), s.hb,
                                 b_packed, mine_s.strip);
                     for (int64_t r = r0; r < r1; r += p.strips) {
                         const int64_t stop = smaller(r + p.strips, r1), from = r * s.ha;
+                        Ahead next;
+                        if (stop < r1) {
+                            const int64_t last = smaller(smaller(stop + p.strips, r1) * s.ha, a_cols);
+                            next = ahead_of(a + p0 * lda + stop * s.ha, lda, rows, last - stop * s.ha);
+                            spread_over(next, (s.ptr[stop] - s.ptr[r]) * s.ha * s.hb / (kSddmmRows * 3 * VLEN));
+                            // More lines than that in a tile's time come no sooner.
+                            next.lines = smaller(next.lines, 32);
+                        }
+                        const SddmmPositions at = {1, units(rows), 1, &line, &line, s.ha, s.hb, &next};
                         pack_strips(a + p0 * lda + from, lda, rows, smaller(stop * s.ha, a_cols) - from, s.ha, a_packed,
                                     strip_a);
                         for (int64_t i = r; i < stop; ++i) {
