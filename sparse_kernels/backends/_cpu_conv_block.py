@@ -107,6 +107,8 @@ def backward(
 def _taken(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
     """The rows and columns of `x` that a kernel of one takes, so that none are packed in vain, and what is left of
     the stride."""
+    if conv.stride == (1, 1):
+        return x, conv
     stride = list(conv.stride)
     if conv.kernel[0] == 1 and conv.padding[0] == 0:
         x, stride[0] = x[:, :, :: stride[0]], 1

@@ -21,6 +21,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
     Only strides and sizes are looked at, as torch's own convolutions do, so that C=1 and H=W=1 keep their format.
     """
+    if 1 not in x.shape:  # the sizes leave no stride open, and torch has looked at them already
+        if x.is_contiguous():
+            return torch.contiguous_format
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
     lowest = 0
     for dim in (1, 3, 2, 0):
         stride, size = x.stride(dim), x.shape[dim]

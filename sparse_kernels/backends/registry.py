@@ -34,13 +34,10 @@ class ConvGeometry:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Spatial size of the output for an input of `height x width`."""
-        sizes = [
-            (size + 2 * pad - dil * (ker - 1) - 1) // step + 1
-            for size, ker, step, pad, dil in zip(
-                (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        ]
-        return sizes[0], sizes[1]
+        return (
+            (height + 2 * self.padding[0] - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1,
+            (width + 2 * self.padding[1] - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1,
+        )
 
 
 class ProductGrads(NamedTuple):

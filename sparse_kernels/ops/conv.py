@@ -7,6 +7,7 @@ With `gather` the rows that each output position multiplies, it is `linear` on g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..activations import check_activation
 from ..backends import registry
 from ..backends.reference import memory_format
 from ..backends.registry import ConvGeometry
-from ..patterns import Block
+from ..patterns import Block, block
 from ..topology import Topology, WeightIndex
 from .common import (
     ActivatedProductAutograd,
@@ -35,7 +36,13 @@ from .common import (
 
 
 def _geometry(flat: Sequence[int]) -> ConvGeometry:
-    r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w = flat
+    return _geometry_of(*flat)
+
+
+@functools.cache
+def _geometry_of(
+    r: int, s: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dil_h: int, dil_w: int
+) -> ConvGeometry:
     return ConvGeometry((r, s), (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w))
 
 
@@ -44,7 +51,7 @@ def _flatten(conv: ConvGeometry) -> list[int]:
 
 
 def _backend(name: str, x: Tensor, shape: Sequence[int]) -> registry.Backend:
-    return registry.require(name, "conv", pattern=Block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
+    return registry.require(name, "conv", pattern=block(shape[3], shape[4]), dtype=x.dtype, device=x.device)
 
 
 def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -54,8 +61,10 @@ def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _in_format(y: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
     """`y` with exactly the strides that the fake kernel promises for an input like `like`."""
-    expected = _like(like, shape)
-    return y if y.stride() == expected.stride() else expected.copy_(y)
+    _, c, h, w = shape
+    last = memory_format(like) == torch.channels_last
+    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    return y if y.stride() == strides and y.numel() else _like(like, shape).copy_(y)
 
 
 def _output_shape(x: Tensor, shape: Sequence[int], geometry: Sequence[int]) -> list[int]:
