@@ -14,12 +14,8 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import WeightIndex
-from ._cpu_launch import check, native_index
+from ._cpu_launch import check, in_large_pages, native_index
 from .registry import GruGrads, GruWeight
-
-# Buffers from this size on ask for large pages: the C library returns buffers of this kind to the system when they are
-# freed, so without it every step would fault all of them in anew, 4 KiB at a time (measured: half a step at S=.9).
-LARGE_BYTES = 2 << 20
 
 BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
@@ -191,10 +187,7 @@ def _lengths(lengths: Tensor | None) -> Tensor | None:
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     """`like.new_empty(shape)`, in large pages where it is large."""
-    tensor = like.new_empty(shape)
-    if tensor.nbytes >= LARGE_BYTES:
-        native().advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+    return in_large_pages(like.new_empty(shape))
 
 
 def _inside(lengths: Tensor | None, batch: int, steps: int) -> Tensor:

@@ -19,7 +19,7 @@ from .. import _native, reference
 from ..patterns import Block
 from ..topology import WeightIndex
 from . import _cpu_conv_block, _cpu_gru, _densified_tiles
-from ._cpu_launch import check, native_index
+from ._cpu_launch import check, in_large_pages, native_index
 from .reference import DenseWeightBackend, memory_format
 from .registry import ConvGeometry, GruGrads, GruWeight, ProductGrads, register, score_dtype
 
@@ -69,10 +69,9 @@ def gather(weight: Tensor, index: WeightIndex, dtype: torch.dtype | None = None)
 
 
 def _copy(launcher: str, index: WeightIndex, layout: Any, source: Tensor, target: Tensor) -> None:
-    lib = _native.native()
     values, dense = (source, target) if launcher == "densify" else (target, source)
-    if target.nbytes >= _cpu_gru.LARGE_BYTES:
-        lib.advise_huge_pages(target.data_ptr(), target.nbytes)
+    lib = _native.native()
+    in_large_pages(target)
     where = native_index(index), layout, values.element_size(), dense.element_size()
     check(getattr(lib, launcher)(*where, source.data_ptr(), target.data_ptr(), torch.get_num_threads()), launcher)
 
