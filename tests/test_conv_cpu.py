@@ -161,11 +161,12 @@ def test_empty_rows_and_full_topologies(isa: str, pattern: Block, density: float
 
 # More than a shared slice holds: slices of rows, of images, and a thread's own gradient.
 @pytest.mark.parametrize("shape", [(2, 96, 64, 70, 62), (40, 70, 32, 19, 20)], ids=str)
-@pytest.mark.parametrize("geometry", ["3x3", "stride 2"])
+@pytest.mark.parametrize("geometry", ["3x3", "stride 2", "1x1"])
 @pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 16), Block(8, 8), Block(1, 16)], ids=str)
 def test_slices(isa: str, pattern: Block, geometry: str, shape: tuple[int, int, int, int, int]) -> None:
     conv, (n, in_, out, h, w) = CASES[geometry][0], shape
-    topology, values = make(pattern, out, in_, 9, 0.05)
+    taps = conv.kernel[0] * conv.kernel[1]
+    topology, values = make(pattern, out, in_, taps, 0.45 / taps)
     index, x = topology.weight_index(), image(n, in_, h, w, seed=1)
     dy = image(n, out, *conv.output_size(h, w), seed=2)
     weight = weight_of(topology.scatter(values), conv, in_)

@@ -23,7 +23,7 @@ struct ConvSddmmPlan {
 static ConvSddmmPlan plan_conv_sddmm(const BlockIndex& w, const ConvShape& c, int64_t threads, Arena& arena) {
     ConvSddmmPlan p;
     p.gather = gather_of(c, -1, -1);
-    p.slices = plan_slices(p.gather, w.in, w.bw, threads);
+    p.slices = plan_slices(p.gather, w.in, w.bw, w.nnzb * w.bh * w.bw, threads);
     p.thin = smaller(w.bh, w.bw) == 1 && larger(w.bh, w.bw) >= VLEN;
     p.swapped = p.thin ? w.bh == 1 : w.bw == 1;
     p.taps = c.kernel_h * c.kernel_w, p.columns = ceil_div(w.in, w.bw), p.row_blocks = ceil_div(w.out, w.bh);

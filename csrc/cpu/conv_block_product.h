@@ -48,7 +48,7 @@ static bool plan_product(const BlockIndex& w, const ConvShape& c, bool transpose
     a.panel_width = (a.outer ? kOuterVectors : a.nb >= kWideOutputs ? 3 : 6) * VLEN;
     a.chunk = kUnit > 1 ? a.taps * a.k_blocks : larger(1, kWeightBytes / (4 * a.nb * a.kb));
     a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
-    a.slices = plan_slices(a.gather, a.k, a.direct ? a.kb : larger(a.kb, 32), threads);
+    a.slices = plan_slices(a.gather, a.k, a.direct ? a.kb : larger(a.kb, 32), w.nnzb * w.bh * w.bw, threads);
     a.early = a.pack && !a.slices.shared;
     a.ptr = arena.take<int32_t>(a.n_blocks + 1);
     a.idx = arena.take<int32_t>(w.nnzb), a.slot = arena.take<int32_t>(w.nnzb);
