@@ -1,7 +1,8 @@
 """Runs kernel tests on native code built with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-`python tests/sanitize.py [pytest arguments]`: builds a copy of the packages in build/sanitize and runs the CPU kernels'
-tests (or what the arguments name) on it. Python itself is not instrumented, so the runtime is preloaded.
+`python tests/sanitize.py [pytest arguments]`: builds a copy of the packages in build/sanitize and runs the tests of the
+native CPU code on it, or those whose files the arguments name. Python itself is not instrumented, so the runtime is
+preloaded.
 """
 
 from __future__ import annotations
@@ -29,8 +30,19 @@ native().block_spmm(w, values.data_ptr(), x.data_ptr(), 16, 0, 0, 0, y.data_ptr(
 
 
 def kernel_tests() -> list[str]:
-    """The test files of the native CPU kernels."""
-    return [str(path) for path in sorted((ROOT / "tests").glob("test_*_cpu.py"))]
+    """The test files of the native CPU code: each family of kernels, what densifies weights, and threads."""
+    tests = ROOT / "tests"
+    return [
+        str(path)
+        for path in [*sorted(tests.glob("test_*_cpu.py")), tests / "test_densified.py", tests / "test_threads.py"]
+    ]
+
+
+def absolute(argument: str) -> str:
+    """A pytest argument, by its full path where it names a file or folder of the present directory or the checkout."""
+    path, separator, test = argument.partition("::")
+    found = [folder / path for folder in (Path.cwd(), ROOT) if path and (folder / path).exists()]
+    return f"{found[0]}{separator}{test}" if found else argument
 
 
 def build() -> None:
@@ -71,7 +83,9 @@ def main(arguments: list[str]) -> int:
 
     if "AddressSanitizer: heap-buffer-overflow" not in python("-c", OVERRUN, stderr=subprocess.PIPE).stderr:
         sys.exit("sanitize: an overrun of a buffer goes unseen; the sanitized module is not what Python loads")
-    targets = [] if any(not argument.startswith("-") for argument in arguments) else kernel_tests()
+    # Elsewhere than the caller's directory: pytest runs in OUT.
+    arguments = [absolute(argument) for argument in arguments]
+    targets = [] if any(Path(argument.partition("::")[0]).is_absolute() for argument in arguments) else kernel_tests()
     settings = (f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-x", "-q")
     # A finding ends the process before pytest could print what it captured from the file descriptors.
     settings += ("--capture=sys",)
