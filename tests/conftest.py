@@ -17,6 +17,8 @@ if "SPARSEDIFF_TEST_CACHE" not in os.environ:
 
 import torch
 
+from sparse_kernels import _native, testing
+
 # Machines that run tests are shared, so a slow example is no failure; and a red test must be red again tomorrow.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -29,3 +31,14 @@ def _keep_threads_and_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=_native.native().isa_names() if _native.why_unavailable() is None else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn, with outputs and workspaces poisoned with NaN."""
+    native = _native.native()
+    before = native.isa_name()
+    native.set_isa(request.param)
+    with testing.poisoned_buffers():
+        yield request.param
+    native.set_isa(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=st
 SIDES = (1, 4, 8, 16, 32, 64)
 BLOCKS = [Block(bh, bw) for bh, bw in itertools.product(SIDES, SIDES) if bh * bw > 1]
 SOME = [Block(32, 32), Block(16, 16), Block(8, 8), Block(64, 16), Block(16, 1), Block(1, 16), Block(4, 64)]
-ISAS = _native.native().isa_names() if _native.why_unavailable() is None else ["none"]
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 # (geometry, N, in, out, H, W): what breaks peers, the edges of tiles, and every kind of gather.
@@ -44,20 +42,6 @@ CASES = {
     "stride beyond kernel": (ConvGeometry((2, 1), (3, 2)), 1, 17, 8, 8, 5),
     "no images": (ConvGeometry((3, 3), padding=(1, 1)), 0, 16, 16, 4, 4),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn, with outputs and workspaces poisoned with NaN."""
-    native = _native.native()
-    before, threads = native.isa_name(), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    native.set_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN, bytes with 0xff, which is NaN too
-    yield request.param
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads)
-    native.set_isa(before)
 
 
 def make(pattern: Block, out: int, in_: int, taps: int, density: float) -> tuple[Topology, Tensor]:

@@ -21,16 +21,6 @@ if _native.why_unavailable() is not None:
 PATTERNS = [(16, 16), (8, 8), (16, 1), (32, 32), (1, 1), (1, 16), (64, 4), (4, 64), (4, 4), (8, 1), (1, 4), (64, 64)]
 
 
-@pytest.fixture(params=_native.native().isa_names())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once per instruction set of this CPU."""
-    native = _native.native()
-    before = native.isa_name()
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa(before)
-
-
 @pytest.fixture(autouse=True)
 def set_threads() -> Iterator[Callable[[int], None]]:
     """One thread unless a test asks for more; torch's own number is put back."""

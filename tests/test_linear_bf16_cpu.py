@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_kernels import _native, testing
+from sparse_kernels import _native
 from sparse_kernels.backends import get
 from sparse_kernels.patterns import Block
 from sparse_kernels.topology import Topology
 
 pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
 
-ISAS = _native.native().isa_names() if _native.why_unavailable() is None else ["none"]
 SIDES = [(16, 16), (16, 32), (32, 16), (32, 32), (64, 16), (16, 64), (64, 64), (8, 32)]
 # (positions, out, in, density, threads, gap between rows)
 CASES = [
@@ -26,18 +23,6 @@ CASES = [
     (601, 130, 97, 0.3, 2, 0),
     (65, 66, 67, 1.0, 3, 1),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; only the first has bf16 kernels, if any."""
-    native, threads = _native.native(), torch.get_num_threads()
-    before = native.isa_name()
-    native.set_isa(request.param)
-    with testing.poisoned_buffers():
-        yield request.param
-    torch.set_num_threads(threads)
-    native.set_isa(before)
 
 
 def view(rows: int, cols: int, gap: int, seed: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=st
 
 SIDES = (1, 4, 8, 16, 32, 64)
 BLOCKS = [Block(bh, bw) for bh, bw in itertools.product(SIDES, SIDES) if bh * bw > 1]
-ISAS = _native.native().isa_names() if _native.why_unavailable() is None else ["none"]
 
 # (positions, out, in, density, threads, gap between rows): tails of every tile, tasks in both directions, no work.
 CASES = [
@@ -34,20 +32,6 @@ CASES = [
     (520, 130, 90, 0.3, 2, 1),
     (30, 300, 1024, 0.05, 1, 0),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn, with outputs and workspaces poisoned with NaN."""
-    native = _native.native()
-    before, threads = native.isa_name(), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    native.set_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN, bytes with 0xff, which is NaN too
-    yield request.param
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads)
-    native.set_isa(before)
 
 
 def make(pattern: Block, out: int, in_: int, density: float, seed: int = 0) -> tuple[Topology, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from sparse_kernels.topology import Topology
 
 pytestmark = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
 
-ISAS = _native.native().isa_names() if _native.why_unavailable() is None else ["none"]
 PATTERN = Unstructured()
 
 # (positions, out, in, density, threads, gap between rows): every panel width and tail, one tile and several, a row with
@@ -37,18 +35,6 @@ CASES = [
     (130, 300, 1500, 0.01, 2, 0),
     (300, 31, 160, 0.25, 12, 0),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn, with outputs and workspaces poisoned with NaN."""
-    native = _native.native()
-    before, deterministic = native.isa_name(), torch.are_deterministic_algorithms_enabled()
-    native.set_isa(request.param)
-    torch.use_deterministic_algorithms(True)  # torch.empty then fills with NaN, bytes with 0xff, which is NaN too
-    yield request.param
-    torch.use_deterministic_algorithms(deterministic)
-    native.set_isa(before)
 
 
 def make(out: int, in_: int, density: float, seed: int = 0) -> tuple[Topology, Tensor, Tensor]:
