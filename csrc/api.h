@@ -59,9 +59,10 @@ int peak_fma_gflops(double seconds, int64_t threads, bool bf16, double* gflops);
 // at a time instead of faulting every 4 KiB. Only a hint.
 void advise_huge_pages(void* buffer, int64_t bytes);
 
-// Writes slot_t [nnzb], which follows from the other arrays, for an index that does not store it.
-int64_t transposed_slots_workspace_bytes(const BlockIndex& w, int64_t threads);
-int transposed_slots(const BlockIndex& w, int32_t* slot_t, int64_t threads, void* workspace);
+// Writes slot_t [nnzb], which follows from the other arrays, for an index that does not store it. col_blocks counts
+// those of all taps.
+int64_t transposed_slots_workspace_bytes(const BlockIndex& w, int64_t col_blocks, int64_t threads);
+int transposed_slots(const BlockIndex& w, int64_t col_blocks, int32_t* slot_t, int64_t threads, void* workspace);
 
 // Where element (o, t, i) of a dense weight [out, taps, in] lies, in elements: at o * out_stride + t * tap_stride +
 // i * in_stride where tile is 0. With a tile of 32 it lies as in the values of a full weight of 32 x 32 blocks whose

@@ -14,13 +14,14 @@ void bind_cpu(py::module_& m) {
     m.def(
         "bf16_kernels", [] { return bf16_kernels(); },
         "Whether the kernels for bf16 activations run here, with the instruction set in use.");
-    m.def("transposed_slots_workspace_bytes", &transposed_slots_workspace_bytes, py::arg("index"), py::arg("threads"));
+    m.def("transposed_slots_workspace_bytes", &transposed_slots_workspace_bytes, py::arg("index"),
+          py::arg("col_blocks"), py::arg("threads"));
     m.def(
         "transposed_slots",
-        [](const BlockIndex& w, addr slot_t, int64_t threads, addr workspace) {
-            return transposed_slots(w, ptr<int32_t>(slot_t), threads, ptr<void>(workspace));
+        [](const BlockIndex& w, int64_t col_blocks, addr slot_t, int64_t threads, addr workspace) {
+            return transposed_slots(w, col_blocks, ptr<int32_t>(slot_t), threads, ptr<void>(workspace));
         },
-        py::arg("index"), py::arg("slot_t"), py::arg("threads"), py::arg("workspace"), no_gil(),
+        py::arg("index"), py::arg("col_blocks"), py::arg("slot_t"), py::arg("threads"), py::arg("workspace"), no_gil(),
         "Writes slot_t [nnzb] from the other arrays of the index; the address of an int32 buffer.");
     m.def(
         "isa_names",

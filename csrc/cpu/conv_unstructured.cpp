@@ -17,7 +17,6 @@ namespace {
 
 // Copies of the weight gradient that threads accumulate before they are added: bounds the workspace.
 constexpr int64_t kMaxCopies = 8;
-constexpr int64_t kMaxHeight = 8;
 
 bool valid(const BlockIndex& w, int64_t taps) {
     return w.bh == 1 && w.bw == 1 && w.out > 0 && w.in > 0 && w.nnzb >= 0 && taps > 0;

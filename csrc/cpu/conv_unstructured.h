@@ -27,6 +27,7 @@
 namespace sk {
 
 constexpr int64_t kVectorRow = 16;
+constexpr int64_t kMaxHeight = 8;  // vector rows of a panel
 
 // The part of a row that lies in one tile: `count` entries of the stream, from 4 * quad on.
 struct ConvRun {

@@ -14,7 +14,6 @@ constexpr int64_t kTileRows = 640;
 // Where less than a seventh is left, longer runs save more in Y than X loses by overflowing into L2: at S=.9 3 to 10 %
 // (Zen 5, 448 channels at 32 x 32 to 896 at 8 x 8); at S=.5 they lose 5 %.
 constexpr int64_t kSparseTileRows = 960, kDense = 7;
-constexpr int64_t kMaxHeight = 8;
 constexpr int64_t kMaxColumns = 1024;
 
 int64_t root(int64_t taps) {

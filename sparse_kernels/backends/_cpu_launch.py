@@ -17,13 +17,16 @@ from ..topology import WeightIndex
 # 3 to 6 % of that of a 1x1 convolution).
 LARGE_BYTES = 2 << 20
 
+# The derived buffers of unstructured weights: the runs of nonzeros in each orientation.
+RUNS = ("by_row", "by_col")
+
 
 def native_index(index: WeightIndex, *, transposed: bool = False) -> Any:
     """The `BlockIndex` of csrc/api.h: addresses of the index arrays, valid while `index` and the result live.
 
     Args:
         transposed: whether the launcher multiplies by the transposed weight, which takes `slot_t`: unstructured weights
-            do not store it, and it is then written to scratch memory (0.7 ns a nonzero).
+            do not store it, and it is then written to scratch memory (0.7 ns a nonzero, shared by the threads).
     """
     arrays = (index.crow, index.col, index.slot, index.ccol, index.row_t)
     sizes = (index.out, index.in_, index.bh, index.bw, index.nnzb)
@@ -32,10 +35,24 @@ def native_index(index: WeightIndex, *, transposed: bool = False) -> Any:
     if not transposed or index.has_slot_t:
         return w
     slot_t = torch.empty_like(index.slot)
-    launch("transposed_slots", (w,), w, slot_t)
+    launch("transposed_slots", (w, index.col_blocks), w, index.col_blocks, slot_t)
     w = native().BlockIndex(*sizes, *(array.data_ptr() for array in arrays), slot_t.data_ptr())
     w.scratch = slot_t
     return w
+
+
+def runs_of(index: WeightIndex, name: str, op: str) -> Tensor:
+    """One of `RUNS`, as the deriver of `op` ("linear", "conv") made it.
+
+    Raises:
+        ValueError: where the topology has none: a forward never derives.
+    """
+    if not index.derived:
+        raise ValueError(
+            f"{op}: backend 'cpu' reads a derived index that this unstructured topology does not have; call "
+            f"topology.attach(backends.get('cpu').deriver('{op}', pattern)) once, as layers do."
+        )
+    return index.derived[RUNS.index(name)]
 
 
 def launch(launcher: str, sizes: Sequence[Any], *arguments: Any) -> None:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import Topology, WeightIndex
-from ._cpu_launch import check, launch, native_index, workspace
-
-BUFFERS = ("by_row", "by_col")
+from ._cpu_launch import RUNS, check, launch, native_index, runs_of, workspace
 
 
 class RunsDeriver:
@@ -25,10 +23,10 @@ class RunsDeriver:
 
     def capacity(self, topology: Topology) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         index = topology.weight_index()
-        return {name: ((_runs_ints(index, name),), torch.int32) for name in BUFFERS}
+        return {name: ((_runs_ints(index, name),), torch.int32) for name in RUNS}
 
     def fill(self, topology: Topology, buffers: Mapping[str, Tensor]) -> None:
-        for name in BUFFERS:
+        for name in RUNS:
             _derive(topology.weight_index(), name, buffers[name])
 
 
@@ -46,7 +44,7 @@ def spmm(
     pre: Tensor | None = None,
 ) -> Tensor:
     """`Y [P, out] = activation(X [P, in] · Wᵀ + bias)`; what the activation is given goes to `pre [P, out]`, if any."""
-    w, positions, runs = native_index(index), x.shape[0], _runs(index, "by_row")
+    w, positions, runs = native_index(index), x.shape[0], runs_of(index, "by_row", "linear")
     y = x.new_empty(positions, index.out)
     launch(
         "unstructured_spmm", (w, positions),
@@ -57,7 +55,7 @@ def spmm(
 
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex) -> Tensor:
     """`dX [P, in] = dY [P, out] · W`."""
-    w, positions, runs = native_index(index, transposed=True), dy.shape[0], _runs(index, "by_col")
+    w, positions, runs = native_index(index, transposed=True), dy.shape[0], runs_of(index, "by_col", "linear")
     dx = dy.new_empty(positions, index.in_)
     launch("unstructured_spmm_t", (w, positions), w, runs, values, dy, dy.stride(0), dx, dx.stride(0), positions)
     return dx
@@ -65,24 +63,10 @@ def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex) -> Tensor:
 
 def sddmm(dy: Tensor, x: Tensor, index: WeightIndex) -> Tensor:
     """`dW [nnz, 1, 1] = dYᵀ · X` at the active positions."""
-    w, positions, runs = native_index(index), x.shape[0], _runs(index, "by_row")
+    w, positions, runs = native_index(index), x.shape[0], runs_of(index, "by_row", "linear")
     dvalues = x.new_empty(index.nnzb, 1, 1)
     launch("unstructured_sddmm", (w, positions), w, runs, dy, dy.stride(0), x, x.stride(0), dvalues, positions)
     return dvalues
-
-
-def _runs(index: WeightIndex, name: str) -> Tensor:
-    """One orientation of the derived index.
-
-    Raises:
-        ValueError: where the topology has none: a forward never derives.
-    """
-    if not index.derived:
-        raise ValueError(
-            "linear: backend 'cpu' reads a derived index that this unstructured topology does not have; call "
-            "topology.attach(backends.get('cpu').deriver('linear', pattern)) once, as layers do."
-        )
-    return index.derived[BUFFERS.index(name)]
 
 
 def _runs_ints(index: WeightIndex, name: str) -> int:
