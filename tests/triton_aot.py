@@ -69,7 +69,10 @@ class _Recorder:
 
 
 def compile_case(case: str, options: dict[str, Any] | None = None) -> Any:
-    """The compiled kernel of `arch-op-primitive-block-dtype`, with further options of Triton's if any."""
+    """The compiled kernel of `arch-op-primitive-block-dtype`, with further options of Triton's if any.
+
+    Ops: linear, conv (3x3), strided (by 2), ragged (a 3x3 whose channels no vector divides).
+    """
     arch, op, primitive, block, precision = case.split("-")
     bh, _, bw = block.partition("x")
     pattern, dtype = Block(int(bh), int(bw or bh)), DTYPES[precision]
@@ -83,7 +86,7 @@ def compile_case(case: str, options: dict[str, Any] | None = None) -> Any:
     if op != "linear":
         step = 2 if op == "strided" else 1
         conv = ConvGeometry((3, 3), (step, step), (1, 1))
-    features, n, size = 448, 12, 32
+    features, n, size = 450 if op == "ragged" else 448, 12, 32
     taps = 1 if conv is None else 9
     rows, cols = pattern.grid(features, features)
     topology = Topology.random(features, features, pattern, rows * cols * taps // 4, taps=taps)
@@ -123,7 +126,8 @@ def inspect(kernel: Any) -> dict[str, Any]:
         "loads of 16 bytes": count(copy % ("[ag]", "10")) + count(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)"),
         "pipelined loads": count(copy % ("[ag]", "10")) + count(r"cp\.async\.bulk"),
         "through L1": count(copy % ("a", "10")),
-        "narrow copies": count(copy % ("a", "[48]")),
+        "copies of 8 bytes": count(copy % ("a", "8")),
+        "copies of 4 bytes": count(copy % ("a", "4")),
         "spilled bytes": int(found["STACK"]) + int(found["LOCAL"]),
         "registers": int(found["REG"]),
         "shared": int(kernel.metadata.shared),

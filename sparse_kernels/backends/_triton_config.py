@@ -31,7 +31,8 @@ class ProductConfig:
     Args:
         block_p: positions of a program. warps, stages: as Triton means them. band: position tiles that are gone
             through for all row-groups before the next. entries: 1 or 2 of the row-group's a step.
-        cache: where activation tiles are kept: "" and ".cg" in L2, ".ca" in L1 too.
+        cache: where activation tiles are kept: "" and ".cg" in L2, ".ca" in L1 too, before Triton 3.9 by copies of 8
+            bytes, since those of 16 always passed L1 by.
     """
 
     block_p: int
@@ -101,18 +102,14 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm80" if capability in ((8, 0), (8, 7)) else "sm86"
 
 
-def group_size(op: str, side: int, lines: int) -> int:
-    """Lines of a row-group: of blocks whose side along the outputs is `side`, of which there are `lines`."""
-    wanted = (128 if op == "linear" else 64) // side
-    size = max(1, min(wanted, LARGEST_GROUP))
-    while size // 2 >= lines:
-        size //= 2
-    return size
+def group_size(op: str, side: int) -> int:
+    """Lines of a row-group, of blocks whose side along the outputs is `side`."""
+    return max(1, min((128 if op == "linear" else 64) // side, LARGEST_GROUP))
 
 
 def group_sizes(op: str, pattern: Block) -> tuple[int, int]:
     """Lines of a row-group by row and by column; they depend on the pattern alone, as a topology's buffers do."""
-    return group_size(op, pattern.bh, LARGEST_GROUP), group_size(op, pattern.bw, LARGEST_GROUP)
+    return group_size(op, pattern.bh), group_size(op, pattern.bw)
 
 
 def choose_product(

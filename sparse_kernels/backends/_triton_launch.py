@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +45,17 @@ class Images(NamedTuple):
     image_stride: int
     row_stride: int
     pixel_stride: int
-    vector: int  # elements that divide the strides and the channels
+    vector: int  # elements that divide the strides and the channels: what one copy may move
 
     def strides(self) -> tuple[int, int, int]:
         """Of images, rows and pixels, in vectors."""
         return self.image_stride // self.vector, self.row_stride // self.vector, self.pixel_stride // self.vector
+
+    def cached(self, cache: str) -> Images:
+        """The same, moved in the widest copies that go where `cache` says."""
+        narrow = cache == ".ca" and _triton_version() < (3, 9)
+        widest = (8 if narrow else 16) // self.tensor.element_size()
+        return self._replace(vector=min(self.vector, widest))
 
 
 def product(
@@ -94,6 +101,7 @@ def product(
             many = where.kernel != (1, 1)
             sizes = positions, groups.count, groups.size * line, inner, x.element_size()
             config = configs.choose_product(*_machine(x.device), *sizes, many)
+        images = images.cached(config.cache)
         # A tap that is divided by the stride is no single offset, and takes a step of its own.
         entries = 1 if transposed and where.stride != (1, 1) else config.entries
         tiles = -(-positions // config.block_p)
@@ -134,7 +142,7 @@ def sddmm(
     if config is None:
         where = _machine(x.device)
         config = configs.choose_gradient(*where, positions, index, groups.size, x.element_size(), many)
-    splits = config.splits or 1
+    splits, images = config.splits or 1, images.cached(config.cache)
     target = torch.empty(splits, index.nnzb, index.bh, index.bw, dtype=torch.float32, device=x.device)
     if index.nnzb == 0:
         return target[0]
@@ -162,7 +170,7 @@ def block_scores(
     if config is None:
         where = _machine(x.device)
         config = configs.choose_scores(*where, positions, index, x.element_size(), SCORES_WORKSPACE_BYTES)
-    splits = config.splits or 1
+    splits, images = config.splits or 1, images.cached(config.cache)
     shape = index.row_blocks, index.bh, index.col_blocks, index.bw
     if splits == 1:
         target = torch.empty(index.row_blocks, index.col_blocks, dtype=torch.float32, device=x.device)
@@ -290,6 +298,12 @@ def _gpu(ordinal: int) -> tuple[Table, int]:
     properties = torch.cuda.get_device_properties(ordinal)
     arch = configs.architecture((properties.major, properties.minor))
     return configs.TABLES[arch], properties.multi_processor_count
+
+
+@functools.cache
+def _triton_version() -> tuple[int, int]:
+    major, minor = metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache

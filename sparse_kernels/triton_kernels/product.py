@@ -8,9 +8,9 @@ group's G weight blocks, absent ones as zeros without traffic, and multiplies on
 the software pipelining. What the zeros cost and what the shared tile saves is a matter of G (backends/_triton_config).
 
 What an entry names is loaded one step before it is used, so that the tile's address never waits for memory: the loop
-then pipelines as that of a dense product, tiles by 16-byte cp.async, products by wgmma or mma.sync. Blocks of 16 go two
-entries a step, because a step of 16 is one instruction deep. Entries rise by channel block, then tap: with CACHE ".ca" (honoured from Triton 3.8 on) the nine tiles of a 3x3 come from L1 after the
-first, as a halo tile would; with ".cg" each comes from L2.
+then pipelines as that of a dense product, tiles by cp.async, products by wgmma or mma.sync. Blocks of 16 go two entries
+a step, because a step of 16 is one instruction deep. Entries rise by channel block, then tap: with CACHE ".ca" the nine
+tiles of a 3x3 come from L1 after the first, as those of a halo tile on chip would; with ".cg" each comes from L2.
 
 Programs are numbered in bands of BAND position tiles; within a band, by group, longest first: those that run together
 share weights and activations in L2, and the last to start are short.
@@ -45,7 +45,7 @@ def inside(i, size):
 
 @triton.jit
 def slots_of(slot, i, GROUP: tl.constexpr):
-    """The slots of entry i: four scalars, of which GROUP are its own. A vector would change its layout in every step."""
+    """The slots of entry i as four scalars, of which GROUP are its own: a vector would change its layout each step."""
     s0 = tl.load(slot + i * GROUP)
     s1 = s0
     s2 = s0
@@ -110,7 +110,7 @@ def product_kernel(
     DIL_H: tl.constexpr,
     DIL_W: tl.constexpr,
     EVEN: tl.constexpr,  # channels is a multiple of INNER
-    VEC: tl.constexpr,  # elements that divide every stride of x
+    VEC: tl.constexpr,  # elements that divide every stride of x: what one copy moves
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -229,7 +229,9 @@ def product_kernel(
             features = tl.where(second, within + inner * INNER, features)
         if not EVEN:
             mask = mask & (features < channels)[None, :]
-        tile_x = tl.load(pixels[:, None] + shifts[None, :], mask=mask, other=0.0, cache_modifier=CACHE)  # [BLOCK_P, K]
+        # Side by side as far as VEC says and no further: see Images.cached.
+        address = tl.max_contiguous(pixels[:, None] + shifts[None, :], [1, VEC])
+        tile_x = tl.load(address, mask=mask, other=0.0, cache_modifier=CACHE)  # [BLOCK_P, K]
         tile_w = tl.load(blocks + slots.to(tl.int64) * (LINE * INNER), mask=slots >= 0, other=0.0)  # [K, WIDTH]
         acc = tl.dot(tile_x, tile_w, acc, input_precision=PRECISION)
 
