@@ -1,4 +1,4 @@
-"""The command line: `sparsediff train | sample | account | demo | doctor`.
+"""The command line: `sparsediff train | sample | latents | account | demo | doctor`.
 
 Exit codes: 0 done; 1 failed, with a message on stderr; 2 wrong usage; 130 and 143 stopped by Ctrl-C and SIGTERM, after
 saving.
@@ -112,6 +112,17 @@ def sample(args: Sequence[str]) -> int:
     return 0
 
 
+def latents(args: Sequence[str]) -> int:
+    """Encodes a data set of images once."""
+    from sparsediff.latents import LATENTS, LatentsConfig, run
+
+    sources = tyro.extras.subcommand_type_from_defaults(
+        dict(LATENTS), {name: source.summary() for name, source in LATENTS.items()}
+    )
+    config: LatentsConfig = tyro.cli(sources, args=args, prog="sparsediff latents", config=FLAGS)
+    return run(config)
+
+
 def account(args: Sequence[str]) -> int:
     """Counts what a preset costs."""
     options = vars(tyro.cli(AccountConfig, args=args, prog="sparsediff account", config=FLAGS)).copy()
@@ -140,6 +151,10 @@ def doctor_options() -> None:
 COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (train, "train a preset: sparsediff train PRESET --method rigl --sparsity 0.75 ..."),
     "sample": (sample, "draw samples: sparsediff sample CHECKPOINT --n 64 --steps 50 --out samples.png"),
+    "latents": (
+        latents,
+        "encode images once: sparsediff latents ldm-celebahq --data FOLDER --autoencoder FOLDER --out FOLDER",
+    ),
     "account": (
         account,
         "count parameters, FLOPs, memory: sparsediff account PRESET --method rigl --sparsity 0.75 --json",

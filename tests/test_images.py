@@ -423,7 +423,7 @@ def bedrooms(tmp_path: Path) -> Path:
     import lmdb
 
     at = tmp_path / "bedroom_train_lmdb"
-    environment = lmdb.open(str(at), map_size=1 << 22)
+    environment = lmdb.open(str(at), map_size=1 << 22, sync=False)
     (tmp_path / "exported").mkdir()
     with environment.begin(write=True) as writing:
         for i in range(40):
