@@ -13,7 +13,8 @@ import torch
 from sparsediff.accounting import ModelCount, count
 from sparsediff.build import build_dense_model
 from sparsediff.methods import METHODS
-from sparsediff.presets import PRESETS, TrainConfig
+from sparsediff.models.unet import SIZES, example_inputs, unet
+from sparsediff.presets import IMAGE_PRESETS, PRESETS, UNETS, TrainConfig
 
 # Training samples of the published runs. KanjiVG is the sketch-rnn file's train split, QuickDraw that of one category.
 PUBLISHED_SAMPLES = {
@@ -211,8 +212,12 @@ def account(name: str, config: TrainConfig, samples: int | None = None) -> Accou
         ValueError: settings that `sparsify` would refuse.
     """
     with torch.device("meta"):
-        model = build_dense_model(config)
-        inputs = model.example_inputs(1)
+        if config.model == "unet":
+            model = unet(**SIZES[UNETS[name]])
+            inputs = example_inputs(model)
+        else:
+            model = build_dense_model(config)
+            inputs = model.example_inputs(1)
     counted = count(model, inputs, sparsity=_asked(config), pattern=config.pattern, allocation=config.allocation)
     return Account(name, config, counted, PUBLISHED_SAMPLES.get(name) if samples is None else samples)
 
@@ -242,5 +247,5 @@ def run(preset: str, *, as_json: bool, samples: int | None, **changes: Any) -> s
         changes: settings in place of the preset's; None keeps the preset's.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    result = account(preset, dataclasses.replace(PRESETS[preset], **given), samples)
+    result = account(preset, dataclasses.replace((PRESETS | IMAGE_PRESETS)[preset], **given), samples)
     return json.dumps(result.to_json(), indent=1, ensure_ascii=False) if as_json else str(result)

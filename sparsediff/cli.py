@@ -1,4 +1,4 @@
-"""The command line: `sparsediff train | sample | latents | account | demo | doctor`.
+"""The command line: `sparsediff train | sample | latents | account | convert | demo | doctor`.
 
 Exit codes: 0 done; 1 failed, with a message on stderr; 2 wrong usage; 130 and 143 stopped by Ctrl-C and SIGTERM, after
 saving.
@@ -20,13 +20,15 @@ import tyro
 
 from sparsediff import __version__
 from sparsediff.allocator import keep_freed_memory
-from sparsediff.presets import PRESETS, MethodName, TrainConfig
+from sparsediff.presets import IMAGE_PRESETS, PRESETS, MethodName, TrainConfig
 from sparsediff.registry import entry_names
 
 if TYPE_CHECKING:
     PresetName: TypeAlias = str
+    AnyPresetName: TypeAlias = str
 else:
     PresetName = Literal[tuple(PRESETS)]
+    AnyPresetName = Literal[tuple(PRESETS | IMAGE_PRESETS)]
 
 Command = Callable[[Sequence[str]], int]
 FLAGS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without a --no-resume
@@ -64,7 +66,7 @@ class SampleConfig:
 class AccountConfig:
     """Counts parameters, FLOPs and memory of a preset beside its dense twin; what is not given is the preset's."""
 
-    preset: Annotated[PresetName, tyro.conf.Positional]
+    preset: Annotated[AnyPresetName, tyro.conf.Positional]
     """The preset."""
     method: MethodName | None = None
     """Training method."""
@@ -86,6 +88,32 @@ class AccountConfig:
     """Samples of the training split; the published run's where there is one."""
     json: bool = False
     """Print JSON instead of the table."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Converts models: CompVis's .ckpt, folders of diffusers, checkpoints of ours; ChiroDiff's into ours."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A .ckpt file, a folder of diffusers, a checkpoint, or a run's folder, whose newest one is taken."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """What is made; it must not exist."""
+    to: Literal["ckpt", "diffusers", "checkpoint"] | None = None
+    """What the target becomes; one that ends in .ckpt says so itself."""
+    weights: Literal["ema", "model"] = "ema"
+    """What a folder of diffusers gets: averaged parameters, or those of the last step."""
+    head_dim: int = 32
+    """Channels of an attention head, which a .ckpt does not tell."""
+    size: int = 64
+    """Height and width of the U-Net's input, which a .ckpt does not tell."""
+    dense: bool = False
+    """Write absent weights as zeros, without masks."""
+    zeros: str | None = None
+    """Take blocks of zeros for absent: unstructured, or block:HxW; for sources without masks."""
+    preset: PresetName = "chirodiff-kanjivg"
+    """For ChiroDiff's checkpoints: settings that they do not hold."""
+    data: str | None = None
+    """For ChiroDiff's checkpoints: file or folder of the data, whose lengths sampling draws from."""
 
 
 def train(args: Sequence[str]) -> int:
@@ -132,6 +160,15 @@ def account(args: Sequence[str]) -> int:
     return 0
 
 
+def convert(args: Sequence[str]) -> int:
+    """Converts a model from one form to another."""
+    options = tyro.cli(ConvertConfig, args=args, prog="sparsediff convert", config=FLAGS)
+    from sparsediff.conversion import convert as run
+
+    print(run(**vars(options)))
+    return 0
+
+
 def demo(args: Sequence[str]) -> int:
     """Runs the demo, which has options of its own."""
     keep_freed_memory()
@@ -159,6 +196,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
         account,
         "count parameters, FLOPs, memory: sparsediff account PRESET --method rigl --sparsity 0.75 --json",
     ),
+    "convert": (convert, "convert models: sparsediff convert model.ckpt FOLDER --to diffusers"),
     "demo": (demo, "train dense beside sparse for a few minutes and write a report"),
     "doctor": (doctor, "show versions, hardware, backends, and what is missing"),
 }
@@ -169,6 +207,7 @@ def help_text() -> str:
     lines = ["usage: sparsediff COMMAND ...    (sparsediff COMMAND --help shows its options)", "", "commands:"]
     lines += [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "presets:", *(f"  {name:<20} {preset.summary()}" for name, preset in PRESETS.items())]
+    lines += [f"  {name:<20} {preset.summary()} (for account)" for name, preset in IMAGE_PRESETS.items()]
     for kind in ("methods", "datasets", "models"):
         lines += ["", f"{kind}: {', '.join(entry_names(f'sparsediff.{kind}'))}"]
     lines += ["", "exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM after saving"]

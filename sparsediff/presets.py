@@ -178,7 +178,8 @@ class TrainConfig:
     def summary(self) -> str:
         """One line for help."""
         data = self.dataset + (f" ({self.category})" if self.category else "")
-        return f"{self.model} {self.hidden}x{self.layers} on {data}, {self.epochs} epochs"
+        size = f" {self.hidden}x{self.layers}" if self.model == "chirodiff" else ""
+        return f"{self.model}{size} on {data}, {self.epochs} epochs"
 
 
 def _holds(value: float | None, rule: Callable[[float], bool]) -> bool:
@@ -197,6 +198,32 @@ PRESETS: dict[str, TrainConfig] = {
     "chirodiff-quickdraw": TrainConfig(dataset="quickdraw", category="cat", hidden=128, layers=3, out="runs/quickdraw"),
     "chirodiff-vmnist": TrainConfig(dataset="vmnist", hidden=48, layers=2, out="runs/vmnist"),
 }
+
+_LATENT = TrainConfig(
+    model="unet",
+    schedule="scaled_linear",
+    beta_start=0.0015,
+    beta_end=0.0195,
+    epochs=150,
+    batch_size=12,
+    grad_clip=0.0,
+    pattern="block:32x32",
+    every=1100,
+    sample_steps=100,
+)
+
+# The paper's latent diffusion models, and one for laptops; `account` counts them.
+IMAGE_PRESETS: dict[str, TrainConfig] = {
+    "ldm-celebahq": dataclasses.replace(_LATENT, dataset="celebahq", lr=2.0e-6, out="runs/celebahq"),
+    "ldm-bedrooms": dataclasses.replace(_LATENT, dataset="lsun", lr=2.4e-5, out="runs/bedrooms"),
+    "ldm-imagenette": dataclasses.replace(_LATENT, dataset="imagenette", lr=2.4e-5, out="runs/imagenette"),
+    "ldm-small": dataclasses.replace(
+        _LATENT, dataset="emoji", lr=1e-4, batch_size=32, pattern="block:16x16", every=100, out="runs/small"
+    ),
+}
+
+# Size of the U-Net of each of them, as `sparsediff.models.unet` names it.
+UNETS = {name: "small" if name == "ldm-small" else "paper" for name in IMAGE_PRESETS}
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:

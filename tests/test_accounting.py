@@ -187,6 +187,20 @@ def test_the_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(layer["layer"] in table for layer in book["layers"]) and "FLOPs of a forward" in table
 
 
+def test_the_published_latent_diffusion(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method", "static", "--sparsity", "0.5", "--pattern", "unstructured", "--json"]
+    assert cli.main(["account", "ldm-celebahq", *options]) == 0
+    book = json.loads(capsys.readouterr().out)
+    assert book["params"]["dense"] == 274_056_163 and f"{book['flops']['sample']['dense']:.2e}" == "1.92e+13"
+    assert book["training"]["steps"] == 150 * (12_500 // 12) and book["training"]["every"] == 1100
+    train = book["flops"]["train"]["one_sample_a_step"]["dense"]
+    assert train == pytest.approx(3 * 156_150 * 2 * 96.018e9, rel=1e-5)
+    assert book["ratio"]["params"] == pytest.approx(0.5003, abs=1e-4)
+    assert book["ratio"]["sample_flops"] == book["ratio"]["train_flops"] == pytest.approx(0.675, abs=1e-3)
+    assert cli.main(["account", "ldm-small", "--method", "rigl"]) == 0
+    assert "block:16x16" in capsys.readouterr().out
+
+
 def test_unknown_sizes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["account", "chirodiff-vmnist"]) == 0
     assert "--samples N" in capsys.readouterr().out
