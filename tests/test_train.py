@@ -83,7 +83,7 @@ def command(out: Path, settings: dict[str, Any]) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name("tiny_run.py")), str(out), *pairs]
 
 
-def wait_until(condition: Any, seconds: float = 60) -> None:
+def wait_until(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the child process made no progress"
