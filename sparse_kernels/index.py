@@ -103,7 +103,8 @@ class WeightIndex:
         """All blocks of a dense `[out, taps * in]`, zero-padded: `[row_blocks * col_blocks, bh, bw]`."""
         weight = dense.reshape(self.out, self.taps, self.in_)
         pad_out, pad_in = self.row_blocks * self.bh - self.out, self.cols_per_tap * self.bw - self.in_
-        weight = F.pad(weight, (0, pad_in, 0, 0, 0, pad_out))
+        if pad_out or pad_in:  # without, padding would still be a copy
+            weight = F.pad(weight, (0, pad_in, 0, 0, 0, pad_out))
         grid = weight.view(self.row_blocks, self.bh, self.taps, self.cols_per_tap, self.bw).permute(0, 2, 3, 1, 4)
         return grid.reshape(self.row_blocks * self.col_blocks, self.bh, self.bw)
 

@@ -61,7 +61,7 @@ class Work:
     """What decides a layer's times.
 
     Args:
-        op: "linear", "conv" or "gru". pattern: how its weights are cut. dtype: of its parameters.
+        op: "linear", "conv" or "gru". pattern: how its weights are cut. dtype: that it computes in.
         numel: elements of its dense weights; `taps` of them share an input feature and an output feature.
         density: fraction of them that is present. positions: rows of its matrix product. threads: that run it.
     """
