@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def restrict(isa: str, arguments: Sequence[str]) -> None:
         os.execve(sys.executable, [sys.executable, "-m", "bench.costs", *arguments], {**os.environ, **wanted})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One shape of one op.
 
@@ -182,6 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--isa", choices=list(DENSE_ISA), help="restrict ours and the dense libraries to it")
     parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--patterns", nargs="+", help="only these; the nearest stands for another")
     parser.add_argument("--rounds", type=int, default=3, help="of each form; the median counts")
     options = parser.parse_args(arguments)
     if options.isa:
@@ -205,6 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(threads)
         for dtype, case in itertools.product(options.dtypes, cases()):
             if case.op in options.ops:
+                wanted = tuple(p for p in case.patterns if p in (options.patterns or case.patterns))
+                case = dataclasses.replace(case, patterns=wanted)
                 new = list(measure_case(case, getattr(torch, dtype), device, options.rounds))
                 rows += new
                 best = max((row["dense_ms"] / row["sparse_ms"] for row in new if row["sparse_ms"]), default=0.0)
