@@ -16,7 +16,7 @@ from ..topology import Topology, WeightIndex
 from . import _cpu_unstructured
 from ._cpu_conv import conv_shape, dense_grad, image_strides
 from ._cpu_conv_block import images_of, rows_of
-from ._cpu_launch import RUNS, check, launch, native_index, runs_of, workspace
+from ._cpu_launch import RUNS, check, in_large_pages, launch, native_index, runs_of, workspace
 from .reference import memory_format
 from .registry import ConvGeometry
 
@@ -84,8 +84,8 @@ def activated(
         out = _cpu_unstructured.spmm(rows, values, _linear(index), bias, activation, kept if keep else None)
         return images_of(out, size), images_of(kept, size) if keep else kept
     w, shape, runs = native_index(index), conv_shape(x, conv), runs_of(index, "by_row", "conv")
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    pre = torch.empty_like(y) if keep else x.new_empty(0)
+    y = in_large_pages(torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x)))
+    pre = in_large_pages(torch.empty_like(y)) if keep else x.new_empty(0)
     launch(
         "conv_unstructured_spmm", (w, shape),
         w, runs, values, shape, x, image_strides(x), bias, activation, pre if keep else None, y, image_strides(y),
@@ -99,7 +99,7 @@ def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex, conv: ConvGeometry, x
     if rows is not None and memory_format(x_like) == torch.channels_last:
         return images_of(_cpu_unstructured.spmm_t(rows, values, _linear(index)), x_like.shape)
     w, shape, runs = native_index(index, transposed=True), conv_shape(x_like, conv), runs_of(index, "by_col", "conv")
-    dx = torch.empty_like(x_like, memory_format=memory_format(x_like))
+    dx = in_large_pages(torch.empty_like(x_like, memory_format=memory_format(x_like)))
     launch("conv_unstructured_spmm_t", (w, shape), w, runs, values, shape, dy, image_strides(dy), dx, image_strides(dx))
     return dx
 
@@ -110,7 +110,7 @@ def sddmm(dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry) -> Tens
     if dy_rows is not None and x_rows is not None:
         return _cpu_unstructured.sddmm(dy_rows, x_rows, _linear(index))
     w, shape, runs = native_index(index), conv_shape(x, conv), runs_of(index, "by_row", "conv")
-    dvalues = x.new_empty(index.nnzb, 1, 1)
+    dvalues = in_large_pages(x.new_empty(index.nnzb, 1, 1))
     launch("conv_unstructured_sddmm", (w, shape), w, runs, shape, dy, image_strides(dy), x, image_strides(x), dvalues)
     return dvalues
 

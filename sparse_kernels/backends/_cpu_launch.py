@@ -34,7 +34,7 @@ def native_index(index: WeightIndex, *, transposed: bool = False) -> Any:
     w = native().BlockIndex(*sizes, *(array.data_ptr() for array in arrays), stored)
     if not transposed or index.has_slot_t:
         return w
-    slot_t = torch.empty_like(index.slot)
+    slot_t = in_large_pages(torch.empty_like(index.slot))
     launch("transposed_slots", (w, index.col_blocks), w, index.col_blocks, slot_t)
     w = native().BlockIndex(*sizes, *(array.data_ptr() for array in arrays), slot_t.data_ptr())
     w.scratch = slot_t
