@@ -14,14 +14,15 @@ from sparse_kernels import _native
 from sparse_kernels.backends import registry
 
 PACKAGES = ("numpy", "triton", "safetensors", "tyro", "pooch", "shapely", "kanjivg", "matplotlib", "pillow")
+LDM_PACKAGES = ("diffusers", "lmdb")  # of the extra ldm
 FEATURES = ("avx2", "fma", "bmi2", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16", "asimd")
 
 
-def _version(package: str) -> str:
+def _version(package: str, remedy: str = "") -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return f"not installed{remedy}"
 
 
 def _proc(path: str, key: str) -> str | None:
@@ -98,6 +99,7 @@ def report() -> str:
             ("python", f"{platform.python_version()} ({sys.platform}, {platform.machine()})"),
             ("torch", torch.__version__),  # with its build, "+cu130" or "+cpu", which metadata may leave out
             *((package, _version(package)) for package in PACKAGES),
+            *((package, _version(package, "; pip install 'sparsediff[ldm]'")) for package in LDM_PACKAGES),
         ],
         "cpu": _cpu(),
         "gpu": _gpus(),

@@ -82,7 +82,8 @@ def run(config: LatentsConfig) -> int:
     from sparsediff.autoencoder import SOURCE, load_autoencoder
     from sparsediff.build import device_of
     from sparsediff.datasets import load_images
-    from sparsediff.latent_cache import build, open_latents
+    from sparsediff.latent_build import build
+    from sparsediff.latent_cache import open_latents
     from sparsediff.models._folders import WeightsError
 
     device = device_of(config.device)

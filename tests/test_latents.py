@@ -20,7 +20,8 @@ from PIL import Image
 from sparsediff import autoencoder as first_stage
 from sparsediff import cli, datasets
 from sparsediff.datasets import ImageBatches, ImageData, ImageDataset, load_images
-from sparsediff.latent_cache import DATA, JOB, JOURNAL, META, LatentsError, build, open_latents
+from sparsediff.latent_build import JOB, JOURNAL, build
+from sparsediff.latent_cache import DATA, META, LatentsError, open_latents
 from sparsediff.latents import LATENTS
 
 
@@ -164,7 +165,7 @@ from pathlib import Path
 torch.set_num_threads(1)
 from sparsediff.autoencoder import load_autoencoder
 from sparsediff.datasets import load_images
-from sparsediff.latent_cache import build
+from sparsediff.latent_build import build
 data = load_images("imagefolder", path={str(images)!r}, size=16, valid_count=3)
 build(data, load_autoencoder({str(tmp_path / "vqvae")!r}), Path({str(tmp_path / "latents")!r}), both_flips=True,
       batch_size=4, on_block=lambda block: block == 2 and os.kill(os.getpid(), signal.SIGKILL))

@@ -122,6 +122,22 @@ def test_a_pipelines_folder_takes_a_sparse_unet(tmp_path: Path) -> None:
     assert same(pipeline.unet, model)
 
 
+def test_what_diffusers_saved_of_a_sparse_unet_is_read(tmp_path: Path) -> None:
+    model = sparse()
+    model.save_pretrained(tmp_path)  # the weights lie where those of a dense model do
+    assert same(load_unet(tmp_path), model)
+
+
+def test_a_sparse_unet_runs_in_the_latent_pipeline() -> None:
+    from diffusers import DDIMScheduler, LDMPipeline
+
+    pipeline = LDMPipeline(vqvae=small_vq(), unet=sparse(), scheduler=DDIMScheduler(clip_sample=False))
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(batch_size=2, num_inference_steps=2, generator=generator, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+
+
 def test_a_dense_folder_is_diffusers_own(tmp_path: Path) -> None:
     from diffusers import UNet2DModel
 

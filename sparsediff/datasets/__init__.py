@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from ._batches import Batch, Batches, collate
 from ._image_batches import ImageBatch, ImageBatches
-from ._image_sets import ImageData, ImageDataset, ImagePreparation, Images, load_images
+from ._image_entry import ImageDataset, ImagePreparation
+from ._image_sets import ImageData, Images, load_images
 from ._images import BadImage, crop_resize
 from ._preparation import Preparation
 from ._registry import DATASETS, Dataset, get, load, names

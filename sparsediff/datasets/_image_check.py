@@ -79,8 +79,9 @@ def check(
 def _judge(source: ImageSource, i: int, rules: Rules) -> Verdict:
     digest = ""
     try:
-        digest = hashlib.sha256(source.content(i)).hexdigest()[:32]
-        source.picture(i, rules)
+        content = source.content(i)
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        source.decoded(content, rules)
     except BadImage as error:
         return Verdict(digest, str(error))
     return Verdict(digest, None)

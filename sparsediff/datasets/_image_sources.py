@@ -54,9 +54,17 @@ class ImageSource:
         """Image i as RGB.
 
         Raises:
+            BadImage: it cannot be read, or not be used under the rules.
+        """
+        return self.decoded(self.content(i), rules)
+
+    def decoded(self, content: bytes, rules: Rules) -> Image.Image:
+        """The RGB picture of an image's bytes.
+
+        Raises:
             BadImage: it cannot be used under the rules.
         """
-        return decode(self.content(i), rules)
+        return decode(content, rules)
 
 
 class Files(ImageSource):
@@ -116,8 +124,8 @@ class Array(ImageSource):
     def content(self, i: int) -> bytes:
         return self.images[i].tobytes()
 
-    def picture(self, i: int, rules: Rules) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.images[i]))
+    def decoded(self, content: bytes, rules: Rules) -> Image.Image:
+        return Image.fromarray(np.frombuffer(content, np.uint8).reshape(self.images.shape[1:]))
 
 
 def printable(name: str) -> str:

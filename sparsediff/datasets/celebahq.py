@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from ._image_sets import Found, ImageDataset, folder_of_files
+from ._image_entry import Found, ImageDataset, folder_of_files
 from ._registry import DATASETS
 from ._strokes import DataError
 

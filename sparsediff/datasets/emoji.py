@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._image_sets import Found, ImageDataset
+from ._image_entry import Found, ImageDataset
 from ._image_sources import Array
 from ._registry import DATASETS
 from ._strokes import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._image_sets import Found, ImageDataset, folder_of_files
+from ._image_entry import Found, ImageDataset, folder_of_files
 from ._registry import DATASETS
 
 

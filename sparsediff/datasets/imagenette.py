@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._image_sets import Found, ImageDataset
+from ._image_entry import Found, ImageDataset
 from ._image_sources import Files, walk
 from ._registry import DATASETS
 from ._strokes import DataError

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from ._image_sets import Found, ImageDataset, folder_of_files
+from ._image_entry import Found, ImageDataset, folder_of_files
 from ._image_sources import Lmdb
 from ._registry import DATASETS
 
