@@ -11,7 +11,7 @@ from typing import Any
 import compvis
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LDMPipeline
 from tiny_run import drawings
 from torch import Tensor, nn
 
@@ -64,6 +64,10 @@ def test_a_ckpt_becomes_a_folder_of_diffusers(ckpt: Path, tmp_path: Path, weight
     assert "first stage" in text
     own = compvis.unet_state(WIDTHS, BLOCKS, ATTENTION, 100 if weights == "ema" else 0)
     assert close(output(load_unet(target / "unet")), compvis.unet(own, X, T, HEAD_DIM))
+    pipeline = LDMPipeline.from_pretrained(target, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(1, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (1, 2 * SIZE, 2 * SIZE, 3) and pipeline.vqvae.config.scaling_factor == 1.0
     schedule = DDIMScheduler.from_pretrained(target / "scheduler")
     schedule.set_timesteps(100)
     assert schedule.timesteps.tolist() == list(range(991, 0, -10)) and not schedule.config.clip_sample
@@ -233,11 +237,15 @@ def test_a_failed_write_leaves_nothing(part: str, ckpt: Path, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
 
 
-class Repr:
-    """Pickles as the enum of ChiroDiff's program would: a call of a class that is not here."""
+class Program:
+    """Pickles as ChiroDiff's program would: by the names of classes inside it, and calls of them."""
 
-    def __reduce__(self) -> Any:
-        return Repr, ("threeseqabs",)
+    class Choice:
+        def __init__(self, value: str) -> None:
+            self.value = value
+
+        def __reduce__(self) -> Any:
+            return Program.Choice, (self.value,)
 
 
 def chirodiff_forward(state: dict[str, Tensor], x: Tensor, t: Tensor, hidden: int, layers: int) -> Tensor:
@@ -264,7 +272,12 @@ def test_chirodiffs_checkpoint_samples(tmp_path: Path, monkeypatch: pytest.Monke
     content = {
         "state_dict": theirs | {"pe_proj_W": torch.randn(4, 1)},
         "ema": {"decay": 0.9999, "num_updates": 55, "shadow_params": list(averaged.values()), "collected_params": []},
-        "hyper_parameters": {"repr": Repr(), "noise_T": 1000, "noise_low_noise": 1e-4, "noise_high_noise": 2e-2},
+        "hyper_parameters": {
+            "repr": Program.Choice("threeseqabs"),
+            "noise_T": 1000,
+            "noise_low_noise": 1e-4,
+            "noise_high_noise": 2e-2,
+        },
         "global_step": 77,
     }
     torch.save(content, tmp_path / "chirodiff.ckpt")
@@ -280,6 +293,11 @@ def test_chirodiffs_checkpoint_samples(tmp_path: Path, monkeypatch: pytest.Monke
             torch.testing.assert_close(run.model(x, T3, lengths), expected)
     picture = tmp_path / "samples.png"
     assert cli.main(["sample", str(tmp_path / "run"), "--n", "2", "--steps", "2", "--out", str(picture)]) == 0
+    content["hyper_parameters"]["noise_schedule"] = Program.Choice("cosine")
+    torch.save(content, tmp_path / "cosine.ckpt")
+    with pytest.raises(ConversionError, match="noise_schedule is 'cosine'; only 'linear' is served"):
+        convert(tmp_path / "cosine.ckpt", tmp_path / "no", to="checkpoint")
+    del content["hyper_parameters"]["noise_schedule"]
     del content["state_dict"]["scorefn.model.out_proj.bias"]
     torch.save(content, tmp_path / "broken.ckpt")
     with pytest.raises(ConversionError, match="missing: hidden.bias"):
@@ -297,9 +315,9 @@ class Hostile:
         return self.call
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kind", ["system", "eval", "exec", "open", "hub"])
-def test_a_hostile_pickle_runs_nothing(kind: str, zipped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["zip", "legacy", "protocol-4"])
+@pytest.mark.parametrize("kind", ["system", "eval", "exec", "open", "hub", "getattr"])
+def test_a_hostile_pickle_runs_nothing(kind: str, form: str, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     attack = {
@@ -308,10 +326,14 @@ def test_a_hostile_pickle_runs_nothing(kind: str, zipped: bool, tmp_path: Path) 
         "exec": Hostile(builtins.exec, code),
         "open": Hostile(open, str(marker), "w"),
         "hub": Hostile(torch.hub.load, str(tmp_path), "x"),
+        "getattr": Hostile(getattr, Hostile(__import__, "pathlib"), "Path"),
     }[kind]
-    content = {"state_dict": latent_state(), "callbacks": attack}
-    torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ConversionError, match="refused.*Nothing in it was run"):
+    content = {"state_dict": {"x": X}, "callbacks": attack}
+    protocol = 4 if form == "protocol-4" else 2
+    torch.save(
+        content, tmp_path / "model.ckpt", pickle_protocol=protocol, _use_new_zipfile_serialization=form != "legacy"
+    )
+    with pytest.raises(ConversionError, match=r"refused|cannot be read"):
         convert(tmp_path / "model.ckpt", tmp_path / "x", to="diffusers", **OPTIONS)
     assert not marker.exists() and not (tmp_path / "x").exists()
 

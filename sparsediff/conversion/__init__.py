@@ -81,8 +81,8 @@ def convert(
         config = dataclasses.replace(PRESETS[preset], data=data, out=str(target))
         lengths = LengthDistribution(torch.from_numpy(load_data(config).train.length_histogram()))
         with _whole(target) as folder:
-            convert_chirodiff(str(source), content, folder, config, lengths)
-        return f"{target}: ChiroDiff with the lengths of {config.dataset}; sparsediff sample {target} draws from it"
+            text = convert_chirodiff(str(source), content, folder, config, lengths)
+        return f"{target}: ChiroDiff, {text}, lengths of {config.dataset}; sparsediff sample {target} draws from it"
     if content is not None:
         latent = from_compvis(str(source), content, head_dim, size)
     elif find(source) is not None:

@@ -31,13 +31,16 @@ def is_chirodiff(content: Mapping[str, Any]) -> bool:
 
 def convert_chirodiff(
     where: str, content: Mapping[str, Any], folder: Path, config: TrainConfig, lengths: LengthDistribution
-) -> None:
+) -> str:
     """Writes a run's folder with one checkpoint, to sample from.
 
     Args:
         where: the source, for messages. content: of the file.
         config: settings that the file does not tell; hidden units, layers, form and schedule are the file's.
         lengths: of the training drawings, which the file does not hold.
+
+    Returns:
+        What was taken from where.
 
     Raises:
         ConversionError: a conditional model or a transformer, or tensors that are missing, unknown or misshapen.
@@ -48,8 +51,10 @@ def convert_chirodiff(
     if first is None:
         raise ConversionError(f"{where}: expected the bidirectional GRU of ChiroDiff; got {shown(theirs)}.")
     given = content.get("hyper_parameters", {})
-    form = given.get("repr")
-    text = str(form.args[0]) if isinstance(form, StandIn) and form.args else ""
+    text = _choice(given, "repr")
+    for name, served in (("noise_schedule", "linear"), ("time_embedding", "randomfourier")):
+        if _choice(given, name) not in ("", served):
+            raise ConversionError(f"{where}: {name} is {_choice(given, name)!r}; only {served!r} is served.")
     told: dict[str, Any] = {
         ours: given[name] for ours, name in _SETTINGS.items() if isinstance(given.get(name), (int, float))
     }
@@ -75,6 +80,7 @@ def convert_chirodiff(
         if [shadow.shape for shadow in shadows] != [state[name].shape for name in names]:
             raise ConversionError(f"{where}: {len(shadows)} averages do not fit the model's {len(names)} parameters.")
         average = dict(zip(names, shadows, strict=True))
+    origin = "the file" if text else "the preset, for the file does not tell it"
     checkpoint.save(
         folder / "checkpoints",
         int(content.get("global_step", 0)),
@@ -88,6 +94,13 @@ def convert_chirodiff(
             "converted_from": where,
         },
     )
+    return f"form {config.form} (of {origin}), {config.hidden}x{config.layers}"
+
+
+def _choice(given: Mapping[str, Any], name: str) -> str:
+    """The value of an enum in the settings; empty where it is not there."""
+    choice = given.get(name)
+    return str(choice.args[0]) if isinstance(choice, StandIn) and choice.args else ""
 
 
 _SETTINGS = {"timesteps": "noise_T", "beta_start": "noise_low_noise", "beta_end": "noise_high_noise"}

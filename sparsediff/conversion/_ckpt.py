@@ -20,6 +20,7 @@ from sparsediff.conversion._names import ConversionError
 
 # Of the standard library, what checkpoints name without harm: kinds of settings.
 _HARMLESS = {"argparse", "pathlib", "enum", "datetime", "typing", "__main__"}
+_GETATTR = {"builtins.getattr", "__builtin__.getattr", "getattr"}
 
 
 class StandIn:
@@ -30,6 +31,11 @@ class StandIn:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
+
+
+def _attribute(*_: Any) -> type[StandIn]:
+    """Stands for getattr, by which old pickles name a class inside a class."""
+    return StandIn
 
 
 def read_ckpt(path: Path) -> dict[str, Any]:
@@ -52,7 +58,10 @@ def read_ckpt(path: Path) -> dict[str, Any]:
             f"{path}: refused: the pickle asks for {', '.join(refused)}, which no checkpoint needs. Nothing in it was "
             "run. Get the file from its publisher again."
         )
-    stand_ins: list[Any] = [(type("StandIn", (StandIn,), {"__module__": __name__}), name) for name in names]
+    stand_ins: list[Any] = [StandIn]
+    for name in names:
+        stand_in = _attribute if name in _GETATTR else type("StandIn", (StandIn,), {"__module__": __name__})
+        stand_ins.append((stand_in, name))
     try:
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,7 +81,7 @@ def read_ckpt(path: Path) -> dict[str, Any]:
 
 def _is_suspect(name: str) -> bool:
     package = name.split(".")[0]
-    if package in _HARMLESS:
+    if package in _HARMLESS or name in _GETATTR:
         return False
     return package in sys.stdlib_module_names or package in ("torch", "sparsediff", "sparse_kernels", "numpy")
 

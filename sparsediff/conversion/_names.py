@@ -6,8 +6,9 @@
             qkv, rows by head: (q, k, v) of head 0, of head 1, …                  to_q, to_k, to_v
     VQ      down.L.block.N, mid.{block_1,attn_1,block_2}, up.L.block.N            down_blocks, mid_block, up_blocks
 
-CompVis's attention has 1x1 convolutions where diffusers has linear layers. Whatever belongs to a weight element by
-element, such as a mask, is carried by the same functions.
+The order of qkv is that of the published models, `use_new_attention_order=False`. CompVis's attention has 1x1
+convolutions where diffusers has linear layers. Whatever belongs to a weight element by element, such as a mask, is
+carried by the same functions.
 
 Sources: `openaimodel.py`, `model.py` and `ema.py` of the Latent Diffusion code; `unet_2d.py` and `vq_model.py` of
 diffusers.
