@@ -112,6 +112,16 @@ def test_the_committed_tables_are_sound() -> None:
             assert predicted.of("sparse") == pytest.approx(times.of("sparse"), rel=0.02), row
 
 
+@pytest.mark.parametrize("kind", ["cpu-avx512", "cpu-avx2"])
+def test_what_is_planned_is_hardly_slower_than_dense(kind: str) -> None:
+    path = Path(costs.__file__).parent / "cost_tables" / f"{kind}.json"
+    for row, times in CostTable.from_json(json.loads(path.read_text())).rows:
+        # Where dense takes less, a step's fixed costs decide; of few nonzeros a row, copying the weights.
+        if row.dtype == torch.float32 and times.dense >= 2:
+            planned = times.of(decide(times, "cpu", "")[0])
+            assert planned <= times.dense * (1.25 if row.pattern == Unstructured() else 1.03), row
+
+
 # Layers
 
 
