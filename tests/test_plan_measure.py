@@ -142,6 +142,7 @@ def test_kernels_in_half_precision_are_planned_inside_autocast(monkeypatch: pyte
         "densified": backends.get("densified"),
     }
     monkeypatch.setattr(registry, "_BACKENDS", registered)
+    monkeypatch.setattr(costs, "_load", lambda kind: None)
     registry.require.cache_clear()
     try:
         layer, x = SparseLinear(32, 32, pattern="8x8", sparsity=0.5), torch.randn(4, 32)
