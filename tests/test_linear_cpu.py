@@ -173,3 +173,18 @@ def test_activations_of_extreme_inputs(isa: str, activation: str) -> None:
     options = {"approximate": approximation or "none"} if name == "gelu" else {}
     want = getattr(F, name)(x[:, 5], **options)
     torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("side", [16, 32])
+def test_large_results_past_the_caches(isa: str, side: int, more: int) -> None:
+    """Of 4 MiB and more, whole vectors and ragged ones; rows that begin anywhere are stored as usual."""
+    positions, out, threads = 1030, 1040 + more, torch.get_num_threads()
+    topology = Topology.random(out, 64, Block(side, side), 50, generator=torch.Generator().manual_seed(0))
+    values = topology.gather(torch.randn(out, 64))
+    x = torch.randn(positions, 64)
+    torch.set_num_threads(2)
+    y = ops.linear(x, values, topology, backend="cpu")
+    torch.set_num_threads(threads)
+    assert y.nbytes >= 4 << 20
+    torch.testing.assert_close(y, x @ topology.scatter(values).T)

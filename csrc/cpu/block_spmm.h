@@ -3,7 +3,7 @@
 //
 // Three register tilings, chosen by the block's sides:
 //
-//   wide (nb >= 2 VLEN, kb >= 8)   lanes = outputs; W' packed [kb][nb]; 12 rows x 2 vectors; x broadcast
+//   wide (nb >= 2 VLEN, kb >= 8)   lanes = outputs; W' packed [kb][nb]; 14 rows x 2 vectors; x broadcast
 //   pair (nb == VLEN, kb >= 8)     lanes = VLEN / 2 outputs x 2 neighbours in k, W' packed [kb / 2][nb][2], so that a
 //                                  broadcast of two x feeds two vectors here, too; even and odd k meet at the end
 //   panel (all others, nb > 1)   lanes = positions; X transposed to panels [k][NV * VLEN], W' broadcast
@@ -20,8 +20,11 @@
 
 namespace sk::SK_ISA {
 
-// Rows of a direct tile: as many as leave room for one row of W' and a broadcast.
-constexpr int kRows = SK_VLEN == 16 ? 12 : 6;
+// Rows of a direct tile: as many as leave room for one row of W' and a broadcast. Wide tiles of AVX-512 spare two more
+// (bf16, S=.5, Zen 5: 475 GFLOP/s instead of 455); pair tiles spill them.
+constexpr int kRows = SK_VLEN == 16 ? 12 : 6, kWideRows = SK_VLEN == 16 ? 14 : 6;
+template <bool PAIR>
+constexpr int kLargest = PAIR ? kRows : kWideRows;
 // Outputs of a panel tile with 3 vectors of positions.
 constexpr int kWideOutputs = SK_VLEN == 16 ? 8 : 4;
 // Outputs that a panel collects before it transposes them into y, so that y is written by whole cache lines.
@@ -41,7 +44,38 @@ struct SpmmOperands {
     int64_t ldx;
     element* y;  // [P, n], row stride ldy
     int64_t ldy;
+    bool past_caches = false;  // y is written past the caches: aligned as streams() wants it
 };
+
+// Whether a matrix of `rows` rows of `cols` is better written past the caches: it is several times the second-level
+// one, so that its lines would be fetched from far away, only to be overwritten, and pushed out again. With the next
+// pass over it, 1024 x 1024 fp32 at S=.9 then takes 0.96 of the time and 4096 x 1024 0.85 (Zen 5); half of that
+// size, 1.1.
+[[maybe_unused]] static bool streams(const element* y, int64_t ld, int64_t rows, int64_t cols) {
+    constexpr int64_t kSize = sizeof(element), kLine = 64;
+    const bool aligned = reinterpret_cast<uintptr_t>(y) % kLine == 0 && ld * kSize % kLine == 0;
+    return SK_VLEN >= 8 && aligned && rows * cols * kSize >= int64_t{4} << 20;
+}
+
+// Stores a whole vector past the caches.
+SK_INLINE void stream(element* p, vfloat v) {
+#if defined(__AVX512BF16__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+#elif defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    store(p, v);
+#endif
+}
+
+// Lets other threads see what this one has streamed.
+SK_INLINE void end_stream() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
 
 typedef int64_t vlong __attribute__((vector_size(4 * SK_VLEN), may_alias));
 typedef int64_t long_u __attribute__((aligned(4), may_alias));
@@ -64,7 +98,7 @@ SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, c
     // an unrolled loop needs a register for each offset of each row.
     constexpr int kBases = (MR + 2) / 3;
     const float* base[kBases];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int b = 0; b < kBases; ++b) base[b] = x + 3 * b * ldx;
     for (int64_t k = 0; k < kb; k += kStep, w += ldw) {
         if (PAIR) {
@@ -76,7 +110,7 @@ SK_INLINE void direct_block(vfloat (&acc)[MR][2], const float* x, int64_t ldx, c
             __builtin_prefetch(next + k * ldw + VLEN);
         }
         const vfloat w0 = load(w), w1 = load(w + VLEN);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
         for (int i = 0; i < MR; ++i) {
             const float* at = base[i / 3] + (i % 3) * ldx + k;
             const vfloat xv = PAIR ? broadcast_pair(at) : spread(at);
@@ -108,7 +142,7 @@ SK_INLINE vfloat fold_pairs(vfloat a, vfloat b) {
 template <int MR, bool PAIR, bool FETCH>
 static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t r, int64_t o,
                         Ahead& next) {
-    if (PAIR && MR == kRows) ask(next);
+    if (PAIR && MR == kLargest<PAIR>) ask(next);
     const int64_t first = r * a.nb + o;
     const int64_t n0 = smaller(a.n - first, VLEN), n1 = PAIR ? 0 : larger(0, smaller(a.n - first - VLEN, VLEN));
     if (n0 <= 0) return;
@@ -116,12 +150,12 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
     const vfloat bias1 = a.bias && n1 ? load_first(a.bias + first + VLEN, n1) : zero();
     // The lines of y come from far away, too: asked for now, they are there when the sums are (K=1024, S=.9: 165 GF/s
     // instead of 134).
-    for (int i = 0; i < MR; ++i) {
+    for (int i = 0; i < MR && !a.past_caches; ++i) {
         __builtin_prefetch(y + first + i * a.ldy, 1);
         if (!PAIR) __builtin_prefetch(y + first + VLEN + i * a.ldy, 1);
     }
     vfloat acc[MR][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int i = 0; i < MR; ++i) acc[i][0] = PAIR ? zero() : bias0, acc[i][1] = PAIR ? zero() : bias1;
     const int64_t block = a.nb * a.kb, ldw = PAIR ? 2 * VLEN : a.nb;
     const int64_t begin = a.ptr[r], end = a.ptr[r + 1];
@@ -131,7 +165,7 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
         const float* w = a.weights + (a.slot ? a.slot[e] : e) * block + o;
         const int64_t after = e + 1 < end ? e + 1 : begin;
         const float* w_after = a.weights + (a.slot ? a.slot[after] : after) * block + o;
-        if (!PAIR && MR == kRows) ask(next);
+        if (!PAIR && MR == kLargest<PAIR>) ask(next);
         direct_block<MR, PAIR, FETCH>(acc, x + a.idx[e] * a.kb, ldx, w, ldw, a.kb, w_after);
     }
     if (ragged) {
@@ -139,7 +173,7 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
         const float* w = a.weights + (a.slot ? a.slot[e] : e) * block + o;
         direct_block<MR, PAIR, false>(acc, x + k, ldx, w, ldw, whole, w);
         if (whole < kb) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
             for (int i = 0; i < MR; ++i) {
                 // The second of this pair lies behind the row.
                 const float last[2] = {x[i * ldx + a.k - 1], 0.0f};
@@ -149,15 +183,18 @@ static void direct_tile(const SpmmOperands& a, const float* x, int64_t ldx, elem
         }
     }
     y += first;
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int i = 0; i < MR; ++i, y += a.ldy) {
         const vfloat y0 = PAIR ? fold_pairs(acc[i][0], acc[i][1]) + bias0 : acc[i][0];
-        if (n0 + n1 == (PAIR ? VLEN : 2 * VLEN)) {
-            store(y, y0);
-            if (!PAIR) store(y + VLEN, acc[i][1]);
-        } else {
+        if (n0 + n1 < (PAIR ? VLEN : 2 * VLEN)) {
             store_first(y, y0, n0);
             if (!PAIR) store_first(y + VLEN, acc[i][1], n1);
+        } else if (a.past_caches) {
+            stream(y, y0);
+            if (!PAIR) stream(y + VLEN, acc[i][1]);
+        } else {
+            store(y, y0);
+            if (!PAIR) store(y + VLEN, acc[i][1]);
         }
     }
 }
@@ -167,7 +204,7 @@ template <int MR, bool PAIR>
 static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows, int64_t r,
                         int64_t o, Ahead& next) {
     // The first tile of a slice meets the weights far away, in blocks that no hardware prefetcher connects.
-    constexpr bool kFetch = !PAIR && MR == kRows;
+    constexpr bool kFetch = !PAIR && MR == kLargest<PAIR>;
     if (kFetch && rows >= MR) {
         direct_tile<MR, PAIR, kFetch>(a, x, ldx, y, r, o, next);
         rows -= MR, x += MR * ldx, y += MR * a.ldy;
@@ -183,17 +220,18 @@ static void direct_rows(const SpmmOperands& a, const float* x, int64_t ldx, elem
 // Row blocks [r0, r1) for `rows` positions, while `next` is asked for.
 [[maybe_unused]] static void direct_tiles(const SpmmOperands& a, const float* x, int64_t ldx, element* y, int64_t rows,
                                           int64_t r0, int64_t r1, Ahead next) {
-    const int64_t blocks = a.ptr[r1] - a.ptr[r0], tiles = rows / kRows;
     const bool pair = a.nb == VLEN;
+    const int64_t blocks = a.ptr[r1] - a.ptr[r0], tiles = rows / (pair ? kLargest<true> : kLargest<false>);
     spread_over(next, tiles * (pair ? r1 - r0 : blocks * a.nb / (2 * VLEN)));
     // Where a line comes to less than 4 steps, what is asked for arrives no sooner than packing would fetch it.
     const int64_t steps = tiles * blocks * a.kb * a.nb / (2 * VLEN);
     if (next.rows * next.bytes / 64 * 4 > steps) next.rows = 0;
     for (int64_t r = r0; r < r1; ++r) {
         if (a.nb == VLEN)
-            direct_rows<kRows, true>(a, x, ldx, y, rows, r, 0, next);
+            direct_rows<kLargest<true>, true>(a, x, ldx, y, rows, r, 0, next);
         else
-            for (int64_t o = 0; o < a.nb; o += 2 * VLEN) direct_rows<kRows, false>(a, x, ldx, y, rows, r, o, next);
+            for (int64_t o = 0; o < a.nb; o += 2 * VLEN)
+                direct_rows<kLargest<false>, false>(a, x, ldx, y, rows, r, o, next);
     }
 }
 

@@ -33,7 +33,9 @@ static SpmmPlan plan_spmm(const BlockIndex& w, bool transposed, int64_t position
     p.direct = kUnit > 1 || (nb >= VLEN && kb >= 8);
     p.outer = nb == 1;
     p.pack_weights = p.direct && (kUnit > 1 || !transposed || nb == VLEN);
-    p.unit = p.direct ? kRows : p.outer ? kOuterVectors * VLEN : (nb >= kWideOutputs ? 3 : 6) * VLEN;
+    p.unit = p.direct  ? (nb == VLEN ? kLargest<true> : kLargest<false>)
+             : p.outer ? kOuterVectors * VLEN
+                       : (nb >= kWideOutputs ? 3 : 6) * VLEN;
     const int64_t units = ceil_div(positions, p.unit);
     const int64_t slice = larger(1, (p.direct ? kSliceBytes / 2 : kSliceBytes) / (4 * k * p.unit));
     p.tiles = smaller(units, ceil_div(ceil_div(units, slice), threads) * threads);
@@ -103,6 +105,8 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
     a.weights = values;
     a.stride_n = transposed ? 1 : w.bw, a.stride_k = transposed ? w.bw : 1;
     a.bias = epilogue.bias, a.x = x, a.ldx = ldx, a.y = y, a.ldy = ldy;
+    // An activation reads y again at once.
+    a.past_caches = epilogue.activation == kIdentity && streams(y, ldy, positions, a.n);
     float* packed = static_cast<float*>(workspace);
     char* scratch = static_cast<char*>(workspace) + p.weight_bytes;
     if (p.pack_weights) {
@@ -126,8 +130,8 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             const int64_t p1 = smaller(positions, units * (tile + 1) / p.tiles * p.unit);
             const int64_t r0 = row_blocks * part / p.row_parts, r1 = row_blocks * (part + 1) / p.row_parts;
             if (p.direct) {
-                // One sequential pass that the hardware prefetches; the tiles would meet cold rows line by line, and 12
-                // rows a multiple of 4 KiB apart would share the sets of the first-level cache.
+                // One sequential pass that the hardware prefetches; the tiles would meet cold rows line by line, and a
+                // dozen rows a multiple of 4 KiB apart would share the sets of the first-level cache.
                 pack_rows(a.x + p0 * ldx, ldx, mine, p.ldp, p1 - p0, cols);
                 // The tile that this thread will take if all are equally quick.
                 const int64_t after = smaller(p.tiles, (task + threads) / p.row_parts);
@@ -149,6 +153,7 @@ static void spmm(const BlockIndex& w, bool transposed, const float* values, cons
             activate(epilogue.activation, y + first, epilogue.pre ? epilogue.pre + first : nullptr, ldy, p1 - p0,
                      smaller(a.n, r1 * a.nb) - r0 * a.nb);
         }
+        if (a.past_caches) end_stream();
     }
 }
 
