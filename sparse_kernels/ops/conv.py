@@ -23,6 +23,7 @@ from ..topology import Topology, WeightIndex
 from .common import (
     ActivatedProductAutograd,
     ProductAutograd,
+    call,
     check_bias,
     check_tap,
     check_values,
@@ -242,5 +243,5 @@ def conv2d(
     check_tap("conv2d", score_tap, topology)
     where = topology.index(backend), topology.shape, _flatten(conv)
     if activation is None:
-        return _conv2d(x, values, bias, score_tap, *where, backend)
-    return _conv2d_activated(x, values, bias, score_tap, *where, activation, False, backend)[0]
+        return call(_conv2d, x, values, bias, score_tap, *where, backend)
+    return call(_conv2d_activated, x, values, bias, score_tap, *where, activation, False, backend)[0]
