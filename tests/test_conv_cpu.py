@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from sparse_kernels import _native, ops
+from sparse_kernels import SparseConv2d, _native, ops
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.backends import ConvGeometry, get
 from sparse_kernels.patterns import Block, Unstructured
@@ -224,6 +224,16 @@ def test_images_one_column_wide_whose_stride_says_nothing(pattern: Block) -> Non
     want = run(topology.weight_index(), values, *usual, None, conv)
     for what in got:
         torch.testing.assert_close(got[what], want[what])
+
+
+@pytest.mark.parametrize("pattern", ["block:16x16", "unstructured"])
+@pytest.mark.parametrize("execution", ["cpu", "densified"])
+def test_no_images_with_an_expanded_gradient(pattern: str, execution: str) -> None:
+    layer = SparseConv2d(32, 32, 3, pattern=pattern, sparsity=0.5)
+    layer.execution = execution
+    x = torch.empty(0, 32, 5, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and not layer.values.grad.any() and not layer.bias.grad.any()
 
 
 def test_an_empty_image_with_wide_padding() -> None:

@@ -120,6 +120,8 @@ def _taken(x: Tensor, conv: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
 
 def _addressable(x: Tensor) -> Tensor:
     """`x`, or a copy of it where neither its channels nor its columns lie side by side; in bf16 its channels must."""
+    if x.numel() == 0:  # torch calls it contiguous whatever its strides are, such as those of an expanded gradient
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if x.dtype == torch.bfloat16:
         return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
     return x if 1 in side_by_side(x) else x.contiguous()
