@@ -15,6 +15,8 @@ Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion M
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sparse_kernels.nn import Plan
+from sparsediff.files import write_atomically
 from sparsediff.models import MODELS
 from sparsediff.models._folders import DENSE_FILE, WeightsError, load_dense, read_config, require_diffusers
 from sparsediff.rebuild import is_sparse, load_sparse
 
-SPARSE_FILE = "sparse_model.safetensors"
+SPARSE_FILE, PLAN_FILE = "sparse_model.safetensors", "plan.json"
 
 # Arguments of `unet` by size: the paper's, and one for 32x32 pixels or latents on a laptop (7.4 M parameters).
 SIZES: dict[str, dict[str, Any]] = {
@@ -102,12 +106,14 @@ def example_inputs(model: Any, batch: int = 1) -> tuple[Tensor, Tensor]:
     return x, torch.zeros(batch, dtype=torch.long, device=parameter.device)
 
 
-def save_unet(model: Any, folder: Path) -> Path:
+def save_unet(model: Any, folder: Path, plan: Plan | None = None) -> Path:
     """Writes a dense or sparse U-Net: `config.json` and one weight file, each whole or not at all.
 
     Args:
         model: a `UNet2DModel`, whose layers may be sparse.
         folder: made if need be. Weights of an earlier model in it are replaced.
+        plan: what `sparsify` returned, or `replan`, so that the layers run in the same forms, to the same bits, when
+            they come back; without it they choose for themselves.
 
     Returns:
         `folder`.
@@ -124,11 +130,18 @@ def save_unet(model: Any, folder: Path) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     (folder / other).unlink(missing_ok=True)
+    if plan is None:
+        (folder / PLAN_FILE).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / PLAN_FILE, json.dumps(plan.to_json(), indent=1) + "\n")
     return folder
 
 
 def load_unet(folder: Path) -> Any:
     """Reads a dense or sparse U-Net, written by `save_unet` or by diffusers; on the CPU, in evaluation mode.
+
+    A plan for the CPU that was saved with it is applied, where its backends run here; one for another device is left to
+    the caller, after moving the model: `Plan.load(folder / "plan.json").apply(model)`.
 
     Raises:
         WeightsError: files are missing, damaged or of another architecture.
@@ -144,6 +157,10 @@ def load_unet(folder: Path) -> Any:
         if not is_sparse(state):
             return load_dense(model_class, folder)
         model: nn.Module = load_sparse(model_class.from_config(config), state)
+        plan = Plan.load(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+        if plan is not None and plan.device == "cpu":
+            with contextlib.suppress(RuntimeError):  # a backend of the plan's machine is missing on this one
+                plan.apply(model)
     except WeightsError:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
