@@ -88,7 +88,7 @@ def manifest(target: Path) -> str:
     nvflags, cudalibs = cuda_flags(nvcc, host) if nvcc else ("", "")
     edges = []  # (object, compiler, source, further flags)
     for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
-        more = "-DSK_CUDA" if nvcc and source.stem == "bind_cuda" else ""
+        more = "-DSK_CUDA" if nvcc and source.stem.startswith("bind_cuda") else ""
         edges.append((f"{source.parent.name}/{source.stem}.o", "cxx", source, more))
     for source in sorted(ROOT.glob("csrc/cpu/kernels/*.cpp")):
         isas = [isa for isa in ISAS if isa != "avx512_bf16" or "__AVX512BF16__" in source.read_text()]

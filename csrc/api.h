@@ -256,8 +256,7 @@ int gru_forward(const GruLayer& layer, float* y, float* h_n, void* workspace, in
 int64_t gru_backward_workspace_bytes(const GruLayer& layer, int64_t threads);
 int gru_backward(const GruLayer& layer, const GruBackward& grad, void* workspace, int64_t threads);
 
-// ---- CUDA (only in builds with SK_CUDA)
-// ------------------------------------------------------------------------------
+// ---- CUDA (only in builds with SK_CUDA) -----------------------------------------------------------------------------
 
 struct CudaDeviceInfo {
     char name[256];
@@ -270,5 +269,60 @@ int cuda_device_info(int64_t device, CudaDeviceInfo* info);
 
 // The CUDA runtime's words for a status above kCudaError.
 const char* cuda_error_string(int status);
+
+// Block-CSR products on tensor cores (csrc/cuda/product.cu, sddmm.cu), fp16 from sm_70 and bf16 from sm_80, sums in
+// fp32. Linear is a 1x1 convolution of one image of one row. Channels lie side by side, other strides are free; those
+// that are multiples of 8 elements, and addresses of 16 bytes, are the fast ones. Outputs are written completely and
+// repeat bit for bit for a configuration. Launches are asynchronous on `stream`.
+
+enum CudaDtype : int { kCudaHalf, kCudaBf16 };
+
+// One orientation of a weight, cut into square sub-blocks of `side` 16 or 32: `rows` of them along the channels of the
+// result. `chunk` channels of the source (a multiple of side) are on chip at a time. Entry k of row r lies in chunk c
+// for start[r * (chunks + 1) + c] <= k < start[r * (chunks + 1) + c + 1]: entry[2 k] is
+// (c * taps + tap) * (chunk / side) + column within the chunk, rising; entry[2 k + 1] is its place in values, in units
+// of 16 elements, where its rows lie `pitch` elements apart. (sparse_kernels/backends/_cuda_index.py writes it.)
+struct CudaIndex {
+    int64_t side, rows, chunks, chunk, pitch, entries, result_channels, source_channels;
+    const int32_t *start, *entry;  // [rows, chunks + 1] [entries, 2]
+};
+
+// How a product is cut, csrc/cuda/product.cuh: tile_n * tile_h * tile_w = 16 * m_tiles * warps_m positions and warps_n
+// rows a block of threads, of which each warp takes 16 * m_tiles positions of one row; stages 2 .. 4 of the weights'
+// ring; splits of the chunks; per_tap where the pixels of all taps do not fit on chip.
+struct CudaProductConfig {
+    int64_t tile_n, tile_h, tile_w, m_tiles, warps_n, stages, splits, per_tap;
+};
+
+// How a weight gradient is cut, csrc/cuda/sddmm.cuh: tiles of a multiple of 16 positions, `warps` warps on `rows` rows
+// of sub-blocks, splits of the tiles.
+struct CudaSddmmConfig {
+    int64_t tile_n, tile_h, tile_w, warps, rows, splits, per_tap;
+};
+
+// y = activation(product + bias): the convolution `conv` of x, or, transposed, its input gradient from the output's
+// gradient x, on the images' shapes of `conv` either way. pre as y, or null; bias is [result_channels] or null.
+int64_t cuda_product_shared_bytes(const CudaIndex& w, const ConvShape& conv, bool transposed,
+                                  const CudaProductConfig& config);
+int64_t cuda_product_workspace_bytes(const CudaIndex& w, const ConvShape& conv, bool transposed,
+                                     const CudaProductConfig& config);
+int cuda_product(const CudaIndex& w, const ConvShape& conv, bool transposed, const CudaProductConfig& config,
+                 int64_t dtype, const void* values, const void* x, const ImageStrides& x_strides, const float* bias,
+                 int64_t activation, void* pre, void* y, const ImageStrides& y_strides, void* workspace, void* stream);
+
+// dvalues = the weight gradient at the active blocks, padding zero; w as for the forward product.
+int64_t cuda_sddmm_shared_bytes(const CudaIndex& w, const ConvShape& conv, const CudaSddmmConfig& config);
+int64_t cuda_sddmm_workspace_bytes(const CudaIndex& w, const ConvShape& conv, const CudaSddmmConfig& config);
+int cuda_sddmm(const CudaIndex& w, const ConvShape& conv, const CudaSddmmConfig& config, int64_t dtype, const void* dy,
+               const ImageStrides& dy_strides, const void* x, const ImageStrides& x_strides, float* dvalues,
+               void* workspace, void* stream);
+
+// scores [rows, taps, columns] = squared norm of every sub-block of the dense weight gradient; w.start and w.entry are
+// not read. Gradients are made for panels of rows whose partial sums fit into workspace_bytes.
+int64_t cuda_scores_workspace_bytes(const CudaIndex& w, const ConvShape& conv, const CudaSddmmConfig& config,
+                                    int64_t columns);  // of the smallest panel
+int cuda_scores(const CudaIndex& w, const ConvShape& conv, const CudaSddmmConfig& config, int64_t columns,
+                int64_t dtype, const void* dy, const ImageStrides& dy_strides, const void* x,
+                const ImageStrides& x_strides, float* scores, void* workspace, int64_t workspace_bytes, void* stream);
 
 }  // namespace sk

@@ -47,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
     bind_conv_unstructured(m);
     bind_gru(m);
     bind_cuda(m);
+    bind_cuda_products(m);
 }

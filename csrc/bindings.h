@@ -30,5 +30,6 @@ void bind_conv_block(py::module_& m);
 void bind_conv_unstructured(py::module_& m);
 void bind_gru(py::module_& m);
 void bind_cuda(py::module_& m);
+void bind_cuda_products(py::module_& m);
 
 }  // namespace sk

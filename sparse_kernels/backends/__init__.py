@@ -1,6 +1,6 @@
 """Backends that execute the sparse ops. Importing this package registers those that ship with it."""
 
-from . import cpu, densified, reference, triton
+from . import cpu, cuda, densified, reference, triton
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, choose, get, names, register, require, why_not
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "GruWeight",
     "choose",
     "cpu",
+    "cuda",
     "densified",
     "get",
     "names",
