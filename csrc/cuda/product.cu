@@ -28,7 +28,7 @@ bool is_valid(const CudaIndex& w, const ConvShape& conv, const CudaProductConfig
     if (c.tile_n < 1 || c.tile_h < 1 || c.tile_w < 1 || c.tile_n * c.tile_h * c.tile_w > 4096) return false;
     if ((c.m_tiles != 8 && (c.m_tiles != 4 || w.side == 16)) || c.stages < 2 || c.stages > 4) return false;
     const int64_t positions = c.tile_n * c.tile_h * c.tile_w;
-    const int64_t most = c.m_tiles * w.side >= 256 ? 256 : 512;  // threads: the kernels' launch bounds
+    const int64_t most = c.m_tiles * w.side >= 256 ? 256 : 384;  // threads, by the launch bounds of any architecture
     return positions % (16 * c.m_tiles) == 0 && c.warps_n > 0 && c.splits > 0 && c.splits <= w.chunks &&
            positions / (16 * c.m_tiles) * c.warps_n * 32 <= most;
 }

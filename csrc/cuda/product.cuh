@@ -89,8 +89,14 @@ SK_DEVICE void copy_region(unsigned char* to, const ProductArgs& a, const Axis& 
     }
 }
 
+// Threads of a block at most: 16 TILES S sums a warp leave room for 8 warps, half of them for 12 (on sm_75, whose code
+// needs a few registers more) and, in 128 registers, for two blocks of 8 an SM.
+SK_BOTH constexpr int most_threads(int side, int tiles) {
+    return tiles * side >= 256 ? 256 : SK_ARCH >= 800 ? 512 : 384;
+}
+
 template <class T, int SIDE, int TILES>
-SK_KERNEL(TILES* SIDE >= 256 ? 256 : 512)
+SK_KERNEL(most_threads(SIDE, TILES))
 product_kernel(const SK_GRID_CONSTANT ProductArgs a) {
     if constexpr (Served<T>::value) {
         constexpr int N = SIDE / 16;  // tiles of 16 in a sub-block's side
