@@ -68,13 +68,14 @@ def nvrtc() -> Path | None:
 SOURCE = """
 #include "cuda/product.cuh"
 #include "cuda/sddmm.cuh"
-template __global__ void sk::gpu::product_kernel<sk::gpu::Half, 32, 8>(const __grid_constant__ sk::gpu::ProductArgs);
-template __global__ void sk::gpu::product_kernel<sk::gpu::Half, 32, 4>(const __grid_constant__ sk::gpu::ProductArgs);
-template __global__ void sk::gpu::product_kernel<sk::gpu::Half, 16, 8>(const __grid_constant__ sk::gpu::ProductArgs);
-template __global__ void sk::gpu::product_reduce_kernel<sk::gpu::Half>(const __grid_constant__ sk::gpu::ProductArgs, int);
-template __global__ void sk::gpu::sddmm_kernel<sk::gpu::Half, 32, 5>(const __grid_constant__ sk::gpu::SddmmArgs);
-template __global__ void sk::gpu::sddmm_kernel<sk::gpu::Half, 16, 16>(const __grid_constant__ sk::gpu::SddmmArgs);
-template __global__ void sk::gpu::sddmm_reduce_kernel<32>(const __grid_constant__ sk::gpu::SddmmArgs);
+using namespace sk::gpu;
+template __global__ void sk::gpu::product_kernel<Half, 32, 8>(const __grid_constant__ ProductArgs);
+template __global__ void sk::gpu::product_kernel<Half, 32, 4>(const __grid_constant__ ProductArgs);
+template __global__ void sk::gpu::product_kernel<Half, 16, 8>(const __grid_constant__ ProductArgs);
+template __global__ void sk::gpu::product_reduce_kernel<Half>(const __grid_constant__ ProductArgs, int);
+template __global__ void sk::gpu::sddmm_kernel<Half, 32, 5>(const __grid_constant__ SddmmArgs);
+template __global__ void sk::gpu::sddmm_kernel<Half, 16, 16>(const __grid_constant__ SddmmArgs);
+template __global__ void sk::gpu::sddmm_reduce_kernel<32>(const __grid_constant__ SddmmArgs);
 """
 
 
