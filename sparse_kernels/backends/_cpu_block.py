@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._native import native
 from ..topology import WeightIndex
-from ._cpu_launch import launch, native_index
+from ._cpu_launch import in_large_pages, launch, native_index
 
 # Of the gradient panels of block_scores, all threads together: with the copies that follow and a workspace of about
 # 1 MiB a thread, 16 MiB at most.
@@ -37,7 +37,7 @@ def spmm(
 ) -> Tensor:
     """`Y [P, out] = activation(X [P, in] · Wᵀ + bias)`; what the activation is given goes to `pre [P, out]`, if any."""
     w, positions = native_index(index), x.shape[0]
-    y = x.new_empty(positions, index.out)
+    y = in_large_pages(x.new_empty(positions, index.out))
     launch(
         _typed("block_spmm", x), (w, positions),
         w, values, x, x.stride(0), bias, activation, pre, y, y.stride(0), positions,
@@ -48,7 +48,7 @@ def spmm(
 def spmm_t(dy: Tensor, values: Tensor, index: WeightIndex) -> Tensor:
     """`dX [P, in] = dY [P, out] · W`."""
     w, positions = native_index(index), dy.shape[0]
-    dx = dy.new_empty(positions, index.in_)
+    dx = in_large_pages(dy.new_empty(positions, index.in_))
     launch(_typed("block_spmm_t", dy), (w, positions), w, values, dy, dy.stride(0), dx, dx.stride(0), positions)
     return dx
 
