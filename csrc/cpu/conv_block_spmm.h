@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/activation.h"
+#include "cpu/block_panel.h"
 #include "cpu/block_spmm.h"
 #include "cpu/conv_gather.h"
 

@@ -5,6 +5,7 @@
 #include "cpu/linear_block.h"
 
 #include "cpu/activation.h"
+#include "cpu/block_panel.h"
 #include "cpu/block_sddmm.h"
 #include "cpu/block_spmm.h"
 #include "cpu/parallel.h"
