@@ -80,6 +80,11 @@ int densify(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes,
 int gather_blocks(const BlockIndex& w, const DenseLayout& layout, int64_t value_bytes, int64_t dense_bytes,
                   const void* dense, void* values, int64_t threads);
 
+// norms [ceil(rows / bh), taps * ceil(in / bw)] = the sum of squares of each block of dense [rows, taps * in]; blocks
+// lie within a tap.
+int block_norms(const float* dense, int64_t rows, int64_t taps, int64_t in, int64_t bh, int64_t bw, float* norms,
+                int64_t threads);
+
 // Block-CSR linear, w.bh x w.bw in {1, 4, 8, 16, 32, 64}^2 without 1 x 1. Matrices have unit inner stride and any row
 // stride ld*; values and dvalues are [nnzb, bh, bw] by slot; bias is [out] or null. Outputs are written completely,
 // the padding of dvalues as zero, and do not depend on what they or the workspace held. Results repeat bit for bit;

@@ -28,6 +28,14 @@ void bind_densify(py::module_& m) {
         py::arg("index"), py::arg("layout"), py::arg("value_bytes"), py::arg("dense_bytes"), py::arg("dense"),
         py::arg("values"), py::arg("threads"), no_gil(),
         "The active blocks of a dense weight, padding zero; addresses as for densify().");
+    m.def(
+        "block_norms",
+        [](addr dense, int64_t rows, int64_t taps, int64_t in, int64_t bh, int64_t bw, addr norms, int64_t threads) {
+            return block_norms(ptr<const float>(dense), rows, taps, in, bh, bw, ptr<float>(norms), threads);
+        },
+        py::arg("dense"), py::arg("rows"), py::arg("taps"), py::arg("in"), py::arg("bh"), py::arg("bw"),
+        py::arg("norms"), py::arg("threads"), no_gil(),
+        "norms = the sum of squares of each block of dense [rows, taps * in]; fp32 addresses, see csrc/api.h.");
 }
 
 }  // namespace sk

@@ -312,9 +312,26 @@ def test_block_scores_are_the_squared_norms_of_every_block(pattern: Block, name:
     shape = [index.out, index.in_, *conv.kernel]
     grad = conv2d_weight(x.double(), shape, dy.double(), conv.stride, conv.padding, conv.dilation)
     want = index.blocks(rows_of(grad)).square().sum(dim=(1, 2)).view(index.row_blocks, index.col_blocks)
-    for one, other in ((x, dy), (x.contiguous(), dy.contiguous())):
-        got = get("cpu").block_scores(other, one, index, conv)
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    before = torch.get_num_threads()
+    for threads in (1, 2):  # a 1x1 goes other ways
+        torch.set_num_threads(threads)
+        for one, other in ((x, dy), (x.contiguous(), dy.contiguous())):
+            got = get("cpu").block_scores(other, one, index, conv)
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sides", [(1, 64), (32, 32), (64, 4), (8, 1)], ids=str)
+def test_norms_of_blocks_that_stick_out(sides: tuple[int, int]) -> None:
+    (bh, bw), rows, taps, in_ = sides, 75, 3, 270
+    index = Topology.full(rows, in_, Block(bh, bw), taps=taps).weight_index()
+    dense = torch.randn(rows, taps * in_)
+    norms = torch.full((index.row_blocks, index.col_blocks), float("nan"))
+    for threads in (1, 3):
+        status = _native.native().block_norms(dense.data_ptr(), rows, taps, in_, bh, bw, norms.data_ptr(), threads)
+        assert status == 0
+        torch.testing.assert_close(norms.flatten(), index.blocks(dense).square().sum((1, 2)))
+    assert _native.native().block_norms(0, rows, taps, in_, 5, bw, 0, 1) != 0
 
 
 def test_two_python_threads_at_once() -> None:

@@ -46,4 +46,4 @@ def dense_grad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:
     _, grad, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1, [False, True, False]
     )
-    return grad.permute(0, 2, 3, 1).reshape(out, -1)
+    return grad.permute(0, 2, 3, 1).reshape(out, -1).contiguous()

@@ -15,7 +15,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _native
 from ..activations import ACTIVATIONS
@@ -23,6 +22,7 @@ from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
 from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from ._cpu_conv import dense_grad
+from ._cpu_launch import check
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
 
 # Of the gradient panel of a convolution in block_scores, at most: oneDNN and what calls it hold seven of its size,
@@ -112,21 +112,20 @@ class CpuBackend(Backend):
             return _cpu_block.block_scores(dy, x, index)
         if index.unstructured:
             return _cpu_conv_unstructured.block_scores(dy.float(), x.float(), index, conv)
+        rows = _cpu_conv_block.rows_of(dy, conv), _cpu_conv_block.rows_of(x, conv)
+        if rows[0] is not None and rows[1] is not None and torch.get_num_threads() == 1:
+            # One thread of oneDNN takes a kernel of half the speed here.
+            return _cpu_block.block_scores(rows[0], rows[1], index)
         # Every block is wanted, so the dense library's gradients of row panels are the fastest kernel there is.
-        per_tap = index.cols_per_tap * index.bw
-        panel = max(1, SCORE_PANEL_BYTES // (4 * index.taps * per_tap * index.bh))  # row blocks
+        lib, threads = _native.native(), torch.get_num_threads()
+        limit = SCORE_PANEL_BYTES if index.taps > 1 else 2 * SCORE_PANEL_BYTES  # whose gradient needs no reordering
+        panel = max(1, limit // (4 * index.taps * index.in_ * index.bh)) * index.bh  # rows
         scores = x.new_empty(index.row_blocks, index.col_blocks, dtype=torch.float32)
         x = x.float()  # sums in fp32, as everywhere
-        for first in range(0, index.row_blocks, panel):
-            last = min(first + panel, index.row_blocks)
-            rows = slice(first * index.bh, min(last * index.bh, index.out))
-            grad = dense_grad(dy[:, rows].float(), x, conv)
-            grad = grad.view(-1, index.taps, index.in_)  # [panel · bh, taps, in]
-            missing = (last - first) * index.bh - grad.shape[0]
-            if missing or per_tap != index.in_:
-                grad = F.pad(grad, (0, per_tap - index.in_, 0, 0, 0, missing))
-            blocks = grad.square_().view(last - first, index.bh, index.col_blocks, index.bw)
-            scores[first:last] = blocks.sum(dim=(1, 3))
+        for first in range(0, index.out, panel):
+            grad = dense_grad(dy[:, first : first + panel].float(), x, conv)
+            sizes, norms = (grad.shape[0], index.taps, index.in_, index.bh, index.bw), scores[first // index.bh :]
+            check(lib.block_norms(grad.data_ptr(), *sizes, norms.data_ptr(), threads), "block_norms")
         return scores
 
     def product_backward(
