@@ -135,7 +135,7 @@ SK_INLINE bool in_order(__m512i slots, __mmask16 mask) {
 
 // Entries [0, n) of one stretch, n in [1, 16].
 SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, uint32_t scale, uint32_t base,
-                         const float* values, const int32_t* last_slot, float* weights, uint16_t* locals) {
+                         const float* values, const int32_t* end_slot, float* weights, uint16_t* locals) {
     __builtin_prefetch(other + kIndexAhead);
     __builtin_prefetch(slot + kIndexAhead);
     const __mmask16 mask = (__mmask16)((1u << n) - 1u);
@@ -151,7 +151,7 @@ SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, u
         return;
     }
     // A gather instruction is slower, and cannot look ahead.
-    const int64_t far = last_slot - slot < kSlotsAhead + n ? 0 : kSlotsAhead;
+    const int64_t far = end_slot - slot <= kSlotsAhead + n ? 0 : kSlotsAhead;
     for (int64_t k = 0; k < n; ++k) {
         __builtin_prefetch(values + slot[k + far]);
         weights[k] = values[slot[k]];
@@ -160,13 +160,13 @@ SK_INLINE void fill_some(const int32_t* other, const int32_t* slot, int64_t n, u
 #endif
 
 SK_INLINE void fill_stretch(const int32_t* other, const int32_t* slot, int64_t count, uint32_t scale, uint32_t base,
-                            const float* values, const int32_t* last_slot, float* weights, uint16_t* locals) {
+                            const float* values, const int32_t* end_slot, float* weights, uint16_t* locals) {
 #if SK_VLEN == 16
     for (int64_t k = 0; k < count; k += 16)
-        fill_some(other + k, slot + k, count - k < 16 ? count - k : 16, scale, base, values, last_slot,
+        fill_some(other + k, slot + k, count - k < 16 ? count - k : 16, scale, base, values, end_slot,
                   weights ? weights + k : weights, locals + k);
 #else
-    (void)last_slot;
+    (void)end_slot;
     for (int64_t k = 0; k < count; ++k)
         locals[k] = static_cast<uint16_t>(static_cast<uint32_t>(other[k]) * scale + base);
     if (weights)
@@ -178,7 +178,7 @@ SK_INLINE void fill_stretch(const int32_t* other, const int32_t* slot, int64_t c
 static void fill(const ConvFill& from, int64_t row, int64_t end, const float* values, float* weights, uint16_t* locals,
                  int32_t* place) {
     const int64_t tiles = from.chunks * from.groups;
-    const int32_t* last_slot = from.slot + from.nnz - 1;
+    const int32_t* end_slot = from.slot + from.nnz;
     for (; row < end; ++row) {
         for (int64_t t = 0; t < tiles; ++t) {
             place[t] = 4 * from.places[row * tiles + t];
@@ -199,7 +199,7 @@ static void fill(const ConvFill& from, int64_t row, int64_t end, const float* va
                 int32_t& at = place[j * from.groups + tap.group];
                 if (count > 0)
                     fill_stretch(from.other + cut[j], from.slot + cut[j], count, scale,
-                                 static_cast<uint32_t>(tap.address) - first * scale, values, last_slot,
+                                 static_cast<uint32_t>(tap.address) - first * scale, values, end_slot,
                                  weights ? weights + at : weights, locals + at);
                 at += static_cast<int32_t>(count);
             }
