@@ -165,7 +165,7 @@ static void pack_early(const ConvProduct& a, float* packed) {
 }
 
 static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, const ProductSpace& space,
-                        int64_t threads) {
+                        [[maybe_unused]] int64_t threads) {
     const SlicePlan& p = a.slices;
     const int64_t columns = a.gather.w.grid;
     prepare_product(w, transposed, a, space);

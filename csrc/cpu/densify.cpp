@@ -43,7 +43,7 @@ public:
     Copy(const BlockIndex& w, const DenseLayout& layout, V* values, D* dense)
         : w(w), layout(layout), values(values), dense(dense) {}
 
-    void scatter(int64_t threads) const {
+    void scatter([[maybe_unused]] int64_t threads) const {
         const bool rows_are_whole = layout.tile || layout.out_stride == width;
         if (!rows_are_whole) std::memset(dense, 0, w.out * width * sizeof(D));
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -63,7 +63,7 @@ public:
         }
     }
 
-    void gather(int64_t threads) const {
+    void gather([[maybe_unused]] int64_t threads) const {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t r = 0; r < row_blocks; ++r) {
             if (single)
