@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparse_kernels import Block, backends, ops, testing
-from sparse_kernels.backends import _triton_config, _triton_launch
+from sparse_kernels.backends import _triton_config, _triton_launch, _triton_tune
 from sparsediff import doctor
 
 TESTS = Path(__file__).resolve().parent
@@ -66,6 +66,12 @@ COMPILED = (
     "linear-spmm-32-bf16",
     "linear-spmm_t-64-bf16",
     "linear-sddmm-32-bf16",
+    "conv1d-spmm-32-bf16",
+    "conv1d-sddmm-32-bf16",
+    "point-spmm_t-16-bf16",
+    "point-scores-64-bf16",
+    "row-spmm-32-bf16",
+    "row-scores-32-bf16",
 )
 
 # What a kernel lacks when the case before it is compiled or shaped otherwise.
@@ -170,3 +176,23 @@ def test_launches_fit_the_machine(channels: int, image: int, side: int, arch: st
         assert scores.stages * (scores.width + scores.height) * scores.block_p * bytes_ <= table.shared_bytes
         partial = 4 * index.row_blocks * index.bh * index.col_blocks * index.bw
         assert scores.splits == 1 or (scores.splits + 1) * partial <= limit
+
+
+def test_autotuning_takes_the_quickest_and_measures_once() -> None:
+    table = _triton_config.TABLES["sm90"]
+    given = _triton_config.choose_product(table, 132, 4096, 7, 64, 32, 2, True)
+    candidates = _triton_tune.product_candidates(table, given)
+    assert candidates[0] == given and len(set(candidates)) == len(candidates)
+    launched: list[_triton_config.ProductConfig] = []
+
+    def measure(launch: Any) -> float:
+        launch()
+        return abs(launched[-1].block_p - 128) + launched[-1].stages
+
+    for _ in range(2):
+        found = _triton_tune.best("test", candidates, launched.append, measure)
+    assert (found.block_p, found.stages) == (128, 3) and len(launched) == len(candidates)
+    gradient = _triton_config.GradientConfig(64, 128, 4, 4, splits=6)
+    splits = {config.splits for config in _triton_tune.gradient_candidates(table.gradient, gradient)}
+    assert splits == {3, 6, 12}
+    assert not _triton_tune.enabled(torch.device("cpu"))

@@ -71,7 +71,8 @@ class _Recorder:
 def compile_case(case: str, options: dict[str, Any] | None = None) -> Any:
     """The compiled kernel of `arch-op-primitive-block-dtype`, with further options of Triton's if any.
 
-    Ops: linear, conv (3x3), strided (by 2), ragged (a 3x3 whose channels no vector divides).
+    Ops: linear, row (of one row), conv (3x3), strided (by 2), ragged (a 3x3 whose channels no vector divides), conv1d,
+    point (a 3x3 of one pixel). Triton takes arguments of 1 for constants, so sizes of 1 compile another way.
     """
     arch, op, primitive, block, precision = case.split("-")
     bh, _, bw = block.partition("x")
@@ -83,20 +84,26 @@ def compile_case(case: str, options: dict[str, Any] | None = None) -> Any:
     exactly = "tf32" if precision == "tf32" else "ieee"
     _triton_launch._precision = lambda *_: exactly
     conv = None
-    if op != "linear":
+    height, width, n = {"conv1d": (1, 64, 12), "point": (1, 1, 1)}.get(op, (32, 32, 12))
+    if op == "conv1d":
+        conv = ConvGeometry((1, 3), padding=(0, 1))
+    elif op not in ("linear", "row"):
         step = 2 if op == "strided" else 1
         conv = ConvGeometry((3, 3), (step, step), (1, 1))
-    features, n, size = 450 if op == "ragged" else 448, 12, 32
-    taps = 1 if conv is None else 9
+    features = 450 if op == "ragged" else 448
+    taps = 1 if conv is None else conv.kernel[0] * conv.kernel[1]
     rows, cols = pattern.grid(features, features)
     topology = Topology.random(features, features, pattern, rows * cols * taps // 4, taps=taps)
     index = topology.weight_index()
-    x, values = torch.empty(4096, features, dtype=dtype), torch.empty(index.nnzb, index.bh, index.bw, dtype=dtype)
+    x, values = (
+        torch.empty(1 if op == "row" else 4096, features, dtype=dtype),
+        torch.empty(index.nnzb, index.bh, index.bw, dtype=dtype),
+    )
     dy, bias = x, torch.empty(features)
     if conv is not None:
-        shape = n, features, size, size
+        shape = n, features, height, width
         x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-        dy_shape = n, features, *conv.output_size(size, size)
+        dy_shape = n, features, *conv.output_size(height, width)
         dy = torch.empty(dy_shape, dtype=dtype, memory_format=torch.channels_last)
     if primitive == "spmm":
         _triton_launch.product(x, values, index, bias, conv, activation="silu", keep=True)

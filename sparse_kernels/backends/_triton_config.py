@@ -33,6 +33,8 @@ class ProductConfig:
             through for all row-groups before the next. entries: 1 or 2 of the row-group's a step.
         cache: where activation tiles are kept: "" and ".cg" in L2, ".ca" in L1 too, before Triton 3.9 by copies of 8
             bytes, since those of 16 always passed L1 by.
+        registers: of a thread at most; 128 lets two programs of 8 warps share a processor, and spills some. None: as
+            many as the compiler likes.
     """
 
     block_p: int
@@ -41,6 +43,7 @@ class ProductConfig:
     band: int = 16
     entries: int = 1
     cache: str = ""
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def choose_product(
         if stages < 2 or config.block_p * width * 4 > table.shared_bytes:
             continue
         chosen = replace(config, stages=stages, entries=entries, cache=".ca" if gathers else "")
-        if -(-positions // config.block_p) * groups >= processors:
+        # Two to a processor even out what the longest row-group takes longer.
+        if -(-positions // config.block_p) * groups >= 2 * processors:
             break
     assert chosen is not None, "the last row of a table fits every block"
     return chosen

@@ -20,6 +20,7 @@ from ..activations import ACTIVATIONS
 from ..index import WeightIndex
 from ..row_groups import RowGroups
 from . import _triton_config as configs
+from . import _triton_tune as tune
 from ._triton_config import GradientConfig, ProductConfig, Table
 from .reference import memory_format
 from .registry import ConvGeometry
@@ -98,9 +99,16 @@ def product(
         where = _POINT if conv is None else conv
         flat = conv is None or _is_flat(images, conv)
         if config is None:
-            many = where.kernel != (1, 1)
+            table, processors = _machine(x.device)
             sizes = positions, groups.count, groups.size * line, inner, x.element_size()
-            config = configs.choose_product(*_machine(x.device), *sizes, many)
+            config = configs.choose_product(table, processors, *sizes, where.kernel != (1, 1))
+            if tune.enabled(x.device):
+                again = functools.partial(
+                    product, x, values, index, bias, conv, x_like, transposed=transposed, activation=activation,
+                    keep=keep, groups=groups,
+                )  # fmt: skip
+                key = "product", x.dtype, transposed, index.nnzb, index.in_, index.out, height, width, where, sizes
+                config = tune.best(key, tune.product_candidates(table, config), lambda c: again(config=c))
         images = images.cached(config.cache)
         # A tap that is divided by the stride is no single offset, and takes a step of its own.
         entries = 1 if transposed and where.stride != (1, 1) else config.entries
@@ -120,6 +128,7 @@ def product(
                 ACTIVATION=0 if activation is None else ACTIVATIONS[activation].code,
                 PRECISION=_precision(x.dtype, conv), CACHE=config.cache,
                 num_warps=config.warps, num_stages=config.stages,
+                **({} if config.registers is None else {"maxnreg": config.registers}),
             )  # fmt: skip
     if form is None:
         return y, pre
@@ -140,8 +149,12 @@ def sddmm(
     images, rows = _images(x, conv), _rows(dy)
     positions, many = rows.shape[0], conv is not None and conv.kernel != (1, 1)
     if config is None:
-        where = _machine(x.device)
-        config = configs.choose_gradient(*where, positions, index, groups.size, x.element_size(), many)
+        table, processors = _machine(x.device)
+        config = configs.choose_gradient(table, processors, positions, index, groups.size, x.element_size(), many)
+        if tune.enabled(x.device):
+            key = "sddmm", x.dtype, index.nnzb, index.in_, index.out, tuple(x.shape), conv, groups.size, index.pattern
+            candidates = tune.gradient_candidates(table.gradient, config)
+            config = tune.best(key, candidates, lambda c: sddmm(dy, x, index, conv, config=c, groups=groups))
     splits, images = config.splits or 1, images.cached(config.cache)
     target = torch.empty(splits, index.nnzb, index.bh, index.bw, dtype=torch.float32, device=x.device)
     if index.nnzb == 0:
@@ -168,8 +181,9 @@ def block_scores(
     images, rows = _images(x, conv), _rows(dy)
     positions = rows.shape[0]
     if config is None:
-        where = _machine(x.device)
-        config = configs.choose_scores(*where, positions, index, x.element_size(), SCORES_WORKSPACE_BYTES)
+        table, processors = _machine(x.device)
+        limit = SCORES_WORKSPACE_BYTES
+        config = configs.choose_scores(table, processors, positions, index, x.element_size(), limit)
     splits, images = config.splits or 1, images.cached(config.cache)
     shape = index.row_blocks, index.bh, index.col_blocks, index.bw
     if splits == 1:

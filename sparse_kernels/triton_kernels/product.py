@@ -39,8 +39,8 @@ def activate(x, CODE: tl.constexpr):
 
 @triton.jit
 def inside(i, size):
-    """0 <= i < size in one comparison."""
-    return i.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    """0 <= i < size in one comparison; an unsigned side makes both unsigned."""
+    return i.to(tl.uint32, bitcast=True) < size
 
 
 @triton.jit
@@ -207,7 +207,7 @@ def product_kernel(
         shifts = within + shift
         features = within + inner * INNER
         if ENTRIES == 2:
-            here = i + 1 < last
+            here = last - i > 1
             tap = also_where >> 16
             inner = also_where & 65535
             also_slots = tl.where(here, spread(a0, a1, a2, a3, member, GROUP), -1)
@@ -224,7 +224,8 @@ def product_kernel(
                     also = (bits >> tap & 1) != 0
                 else:
                     also = also & inside(h + SIGN * r * DIL_H, x_height) & inside(w + SIGN * s * DIL_W, x_width)
-            mask = tl.where(second[None, :], (also & here)[:, None], mask)  # [BLOCK_P, K]
+            also = tl.where(here, also, tl.zeros_like(also))
+            mask = tl.where(second[None, :], also[:, None], mask)  # [BLOCK_P, K]
             shifts = tl.where(second, within + shift, shifts)
             features = tl.where(second, within + inner * INNER, features)
         if not EVEN:
