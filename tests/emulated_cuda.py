@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -98,6 +99,9 @@ class EmulatedCuda(CudaBackend):
 
     def stream(self, device: torch.device) -> int:
         return 0
+
+    def current(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ are not channels-last are copied to that format and back.
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -85,6 +86,10 @@ class CudaBackend(Backend):
         """The stream that torch enqueues on."""
         return torch.cuda.current_stream(device).cuda_stream
 
+    def current(self, device: torch.device) -> AbstractContextManager[object]:
+        """Makes a GPU the one that launches go to: with several, torch's current one may be another."""
+        return torch.cuda.device(device)
+
     # Primitives
 
     def spmm(
@@ -131,10 +136,11 @@ class CudaBackend(Backend):
             lambda c: native.cuda_sddmm_shared_bytes(where, sizes, c),
         )  # fmt: skip
         space = _workspace(x, native.cuda_sddmm_workspace_bytes(where, sizes, config))
-        status = native.cuda_sddmm(
-            where, sizes, config, DTYPES[x.dtype][0], result.data_ptr(), _strides(result), source.data_ptr(),
-            _strides(source), dvalues.data_ptr(), space.data_ptr(), self.stream(x.device),
-        )  # fmt: skip
+        with self.current(x.device):
+            status = native.cuda_sddmm(
+                where, sizes, config, DTYPES[x.dtype][0], result.data_ptr(), _strides(result), source.data_ptr(),
+                _strides(source), dvalues.data_ptr(), space.data_ptr(), self.stream(x.device),
+            )  # fmt: skip
         self._check(status, "cuda_sddmm")
         return dvalues
 
@@ -156,11 +162,12 @@ class CudaBackend(Backend):
         group = least(config, forward.columns)
         groups = -(-forward.rows // config.rows)
         space = _workspace(x, group * min(groups, SCORE_BYTES // group) if group else 0)
-        status = native.cuda_scores(
-            where, sizes, config, forward.columns, DTYPES[x.dtype][0], result.data_ptr(), _strides(result),
-            source.data_ptr(), _strides(source), scores.data_ptr(), space.data_ptr(), space.numel(),
-            self.stream(x.device),
-        )  # fmt: skip
+        with self.current(x.device):
+            status = native.cuda_scores(
+                where, sizes, config, forward.columns, DTYPES[x.dtype][0], result.data_ptr(), _strides(result),
+                source.data_ptr(), _strides(source), scores.data_ptr(), space.data_ptr(), space.numel(),
+                self.stream(x.device),
+            )  # fmt: skip
         self._check(status, "cuda_scores")
         high, wide = index.bh // forward.side, index.bw // forward.side
         parts = scores.view(index.row_blocks, high, index.taps, index.cols_per_tap, wide)
@@ -200,11 +207,12 @@ class CudaBackend(Backend):
         space = _workspace(source, native.cuda_product_workspace_bytes(where, sizes, transposed, config))
         weights = _aligned(values.to(source.dtype))
         offset = None if bias is None else bias.float()
-        status = native.cuda_product(
-            where, sizes, transposed, config, DTYPES[source.dtype][0], weights.data_ptr(), image.data_ptr(),
-            _strides(image), 0 if offset is None else offset.data_ptr(), activation, pre.data_ptr() if keep else 0,
-            y.data_ptr(), _strides(result), space.data_ptr(), self.stream(source.device),
-        )  # fmt: skip
+        with self.current(source.device):
+            status = native.cuda_product(
+                where, sizes, transposed, config, DTYPES[source.dtype][0], weights.data_ptr(), image.data_ptr(),
+                _strides(image), 0 if offset is None else offset.data_ptr(), activation, pre.data_ptr() if keep else 0,
+                y.data_ptr(), _strides(result), space.data_ptr(), self.stream(source.device),
+            )  # fmt: skip
         self._check(status, "cuda_product")
         return y, pre
 
