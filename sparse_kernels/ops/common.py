@@ -242,11 +242,14 @@ class ActivatedProductAutograd(torch.autograd.Function):
         ctx.backward_op, ctx.rest = backward_op, rest
         ctx.dtypes = values.dtype, dtype_of(bias), dtype_of(tap)
         ctx.mark_non_differentiable(pre)
+        ctx.set_materialize_grads(False)  # or every backward would be given zeros for `pre`, as many as y has elements
         return y, pre
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * (6 + len(ctx.rest))
         x, values, saved = ctx.saved_tensors
         *where, activation, _, backend = ctx.rest
         dy = ACTIVATIONS[activation].backward(dy.to(saved.dtype), saved)
