@@ -71,7 +71,16 @@ def why_not(index: WeightIndex) -> str | None:
 
 
 def shapes(index: WeightIndex, size: int, transposed: bool) -> dict[str, tuple[int, ...]]:
-    """Shape of every field for groups of `size` lines; it follows from the weight's shape and nnzb alone."""
+    """Shape of every field for groups of `size` lines; it follows from the weight's shape and nnzb alone.
+
+    Raises:
+        ValueError: where an entry cannot name every block of the weight.
+    """
+    reason = why_not(index)
+    if reason is not None:
+        raise ValueError(
+            f"a weight [{index.out}, {index.taps}x{index.in_}] has no row-groups: {reason}; use larger blocks."
+        )
     lines, inners = _extent(index, transposed)
     groups = -(-lines // size)
     capacity = min(index.nnzb, groups * inners * index.taps) + SPARE
