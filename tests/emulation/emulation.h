@@ -21,6 +21,7 @@
 #define SK_ARCH 800
 #endif
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -223,6 +224,9 @@ inline void run_block(Block& block) {
         fiber.done = false;
         fiber.open.clear();
         fiber.groups.clear();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(fiber.stack, kStack);  // of the frames that the last thread never left
+#endif
         fiber.context.start(fiber.stack, start_fiber);
     }
     block.current = block.step > 0 ? 0 : block.threads - 1;
