@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from sparsediff.accounting import ModelCount, count
-from sparsediff.build import build_dense_model
+from sparsediff.build import build_dense_model, example_inputs
 from sparsediff.methods import METHODS
-from sparsediff.models.unet import SIZES, example_inputs, unet
-from sparsediff.presets import IMAGE_PRESETS, PRESETS, UNETS, TrainConfig
+from sparsediff.presets import PRESETS, TrainConfig
 
 # Training samples of the published runs. KanjiVG is the sketch-rnn file's train split, QuickDraw that of one category.
 PUBLISHED_SAMPLES = {
@@ -212,12 +211,8 @@ def account(name: str, config: TrainConfig, samples: int | None = None) -> Accou
         ValueError: settings that `sparsify` would refuse.
     """
     with torch.device("meta"):
-        if config.model == "unet":
-            model = unet(**SIZES[UNETS[name]])
-            inputs = example_inputs(model)
-        else:
-            model = build_dense_model(config)
-            inputs = model.example_inputs(1)
+        model = build_dense_model(config)
+        inputs = example_inputs(config, model, 1)
     counted = count(model, inputs, sparsity=_asked(config), pattern=config.pattern, allocation=config.allocation)
     return Account(name, config, counted, PUBLISHED_SAMPLES.get(name) if samples is None else samples)
 
@@ -247,5 +242,5 @@ def run(preset: str, *, as_json: bool, samples: int | None, **changes: Any) -> s
         changes: settings in place of the preset's; None keeps the preset's.
     """
     given = {key: value for key, value in changes.items() if value is not None}
-    result = account(preset, dataclasses.replace((PRESETS | IMAGE_PRESETS)[preset], **given), samples)
+    result = account(preset, dataclasses.replace(PRESETS[preset], **given), samples)
     return json.dumps(result.to_json(), indent=1, ensure_ascii=False) if as_json else str(result)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn import Plan, replan, sparsify
 from sparsediff import checkpoint as checkpoints
-from sparsediff.datasets import Batch
+from sparsediff.autoencoder import load_autoencoder
 from sparsediff.diffusion import SCHEDULES, Diffusion
+from sparsediff.images import draw_images, pixels
 from sparsediff.methods import METHODS
 from sparsediff.models import MODELS
+from sparsediff.models import unet as unets
 from sparsediff.presets import TrainConfig
 from sparsediff.rebuild import load_sparse
-from sparsediff.rendering import grid, save_png
+from sparsediff.rendering import grid, image_grid, save_png
 from sparsediff.samplers import LengthDistribution, sample_drawings
 
 
@@ -50,15 +52,10 @@ def build_diffusion(config: TrainConfig) -> Diffusion:
 
 
 def build_dense_model(config: TrainConfig) -> Any:
-    """The dense model of the settings, its weights drawn from the seed.
-
-    Raises:
-        ValueError: the model is none that trains on drawings, as every preset does.
-    """
-    if config.model != "chirodiff":
-        raise ValueError(
-            f"model {config.model!r} diffuses images; these settings train on drawings: --model chirodiff."
-        )
+    """The dense model of the settings, its weights drawn from the seed; a U-Net's channels are last in memory."""
+    if config.model == "unet":
+        model: Any = MODELS.get("unet")(**unets.SIZES[config.unet], seed=config.seed)
+        return model.to(memory_format=torch.channels_last)
     return MODELS.get(config.model)(
         config.hidden,
         config.layers,
@@ -67,6 +64,12 @@ def build_dense_model(config: TrainConfig) -> Any:
         gru_form=config.gru_form,
         seed=config.seed,
     )
+
+
+def example_inputs(config: TrainConfig, model: Any, batch: int) -> tuple[Tensor, ...]:
+    """Arguments of a forward of `batch` samples of the model of the settings."""
+    inputs = unets.example_inputs(model, batch) if config.model == "unet" else model.example_inputs(batch)
+    return tuple(inputs)
 
 
 def build_model(config: TrainConfig, generator: torch.Generator | None = None) -> tuple[nn.Module, Plan | None]:
@@ -87,7 +90,7 @@ def build_model(config: TrainConfig, generator: torch.Generator | None = None) -
         rescale=config.rescale,
         generator=generator,
         plan=plan_mode(config),
-        example_inputs=model.example_inputs(config.batch_size),
+        example_inputs=example_inputs(config, model, config.batch_size),
     )
     return model, plan
 
@@ -104,14 +107,19 @@ def plan_mode(config: TrainConfig) -> str | Plan:
 
 
 def plan_execution(
-    model: nn.Module, plan: Plan, config: TrainConfig, batch: Batch, *, saved: Mapping[str, Any] | None = None
+    model: nn.Module,
+    plan: Plan,
+    config: TrainConfig,
+    inputs: tuple[Tensor, ...],
+    *,
+    saved: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Plans the layers of a run on its own device: of a fresh run by measuring, if so set; of a resumed one as saved,
     unless the settings ask for another plan or the saved one is of another kind of device.
 
     Args:
         model: on its device. plan: what `build_model` returned, or what the checkpoint holds.
-        config: the settings. batch: the first one. saved: the checkpoint's settings, of a resumed run.
+        config: the settings. inputs: of the first batch's forward. saved: the checkpoint's settings, of a resumed run.
 
     Raises:
         RuntimeError: the saved plan cannot run on this machine, and the settings do not say how to plan instead.
@@ -130,19 +138,40 @@ def plan_execution(
     mode = "measure" if config.plan == "measure" else plan_mode(config)
     if saved is None and mode != "measure" and here:
         return plan  # made by `build_model`
-    batch = batch.to(device)
-    t = torch.zeros(len(batch.x), dtype=torch.long, device=device)
-    return replan(model, plan, mode, example_inputs=(batch.x, t, batch.lengths))
+    return replan(model, plan, mode, example_inputs=tuple(tensor.to(device) for tensor in inputs))
 
 
-def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor]) -> nn.Module:
+def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor], made: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that a state dict was saved from: the same layers sparse, with as many blocks, and its parameters.
 
     Args:
         config: the settings of the saved run.
         saved: the state dict, as `load_sparse` reads it.
+        made: a U-Net's architecture, as `architecture` says it; None: that of the settings.
     """
-    return load_sparse(build_dense_model(config), saved)
+    if made is None:
+        return load_sparse(build_dense_model(config), saved)
+    names = ("size", "widths", "blocks", "attention", "channels", "head_dim")
+    model: Any = MODELS.get("unet")(**{name: made[name] for name in names})
+    dense: nn.Module = model.to(memory_format=torch.channels_last)
+    return load_sparse(dense, saved)
+
+
+def architecture(config: TrainConfig, model: Any) -> dict[str, Any]:
+    """What a checkpoint of a U-Net says about it, JSON-able: to rebuild it without the settings, and to convert it."""
+    made = model.config
+    return {
+        "size": made.sample_size,
+        "head_dim": made.attention_head_dim,
+        "widths": list(made.block_out_channels),
+        "blocks": made.layers_per_block,
+        "attention": [kind.startswith("Attn") for kind in made.down_block_types],
+        "channels": made.in_channels,
+        "betas": [config.beta_start, config.beta_end, config.timesteps],
+        "scale": 1.0,
+        "ema_decay": config.ema_decay,
+        "latent": config.latents is not None or config.autoencoder is not None,
+    }
 
 
 @dataclass(frozen=True)
@@ -152,16 +181,20 @@ class Sampleable:
     Args:
         model: the network, in evaluation mode.
         diffusion: its schedule.
-        lengths: the training drawings' length distribution.
+        lengths: the training drawings' length distribution; None: it draws images.
         config: the run's settings.
         step: training steps it saw.
+        latent: whether it draws latents.
+        first_stage: folder of their autoencoder, where the run had or has one.
     """
 
     model: nn.Module
     diffusion: Diffusion
-    lengths: LengthDistribution
+    lengths: LengthDistribution | None
     config: TrainConfig
     step: int
+    latent: bool = False
+    first_stage: Path | None = None
 
 
 def load_model(path: Path, *, weights: str = "ema", device: str = "cpu") -> Sampleable:
@@ -180,15 +213,24 @@ def load_model(path: Path, *, weights: str = "ema", device: str = "cpu") -> Samp
     saved = checkpoints.load(path)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{key: value for key, value in saved.state["config"].items() if key in names})
-    model = rebuild_model(config, {**saved.model, **saved.ema} if weights == "ema" else saved.model)
-    lengths = LengthDistribution(saved.state["lengths"])
+    made = saved.state.get("unet")
+    if made is not None and not saved.state["config"]:  # converted from elsewhere: it has no settings
+        start, end, timesteps = made["betas"]
+        changes = {"schedule": "scaled_linear", "beta_start": start, "beta_end": end, "timesteps": timesteps}
+        config = dataclasses.replace(config, model="unet", **changes)
+    model = rebuild_model(config, {**saved.model, **saved.ema} if weights == "ema" else saved.model, made)
+    lengths = LengthDistribution(saved.state["lengths"]) if made is None else None
     model.to(device_of(device)).eval()
     plan = None if saved.state.get("plan") is None else Plan.from_json(saved.state["plan"])
     if plan is not None and plan.device == next(model.parameters()).device.type:
         # RuntimeError: a backend of the run's machine is missing on this one, where the layers choose for themselves.
         with contextlib.suppress(RuntimeError):
             plan.apply(model)
-    return Sampleable(model, build_diffusion(config), lengths, config, saved.step)
+    latent = made is not None and bool(made.get("latent", True))
+    stages = [folder / "first_stage" for folder in (path, *path.parents[:2])]
+    stages += [] if config.autoencoder is None else [Path(config.autoencoder)]
+    stage = next((folder for folder in stages if folder.is_dir()), None) if latent else None
+    return Sampleable(model, build_diffusion(config), lengths, config, saved.step, latent, stage)
 
 
 def draw(
@@ -225,16 +267,19 @@ def sample_checkpoint(
     weights: str = "ema",
     device: str = "cpu",
     threads: int = 0,
+    autoencoder: Path | None = None,
     **options: Any,
 ) -> Path:
-    """The `sample` command: draws `n` drawings with the seeds seed … seed + n − 1 and saves them.
+    """The `sample` command: draws `n` drawings or images with the seeds seed … seed + n − 1 and saves them.
 
     Args:
         checkpoint: a checkpoint or a run's folder.
         n: number of drawings.
-        out: a .png file, or an .npz file with points `[N, 3]` and offsets `[n + 1]`.
+        out: a .png file; or an .npz file with points `[N, 3]` and offsets `[n + 1]` of drawings, or with images
+            `[n, H, W, 3]` uint8, or with latents `[n, C, h, w]` float32 where there is no autoencoder to decode them.
         seed, weights, device, threads: see `load_model`; 0 threads is torch's choice.
-        options: of `samplers.sample_drawings`.
+        autoencoder: folder of the autoencoder of latents; None: that of the run.
+        options: of `samplers.sample_drawings` or `images.draw_images`.
 
     Returns:
         `out`.
@@ -246,10 +291,28 @@ def sample_checkpoint(
     if threads:
         torch.set_num_threads(threads)
     run = load_model(checkpoint, weights=weights, device=device)
-    drawings = draw(run.model, run.diffusion, run.lengths, range(seed, seed + n), form=run.config.form, **options)
-    if out.suffix == ".npz":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        offsets = np.cumsum([0, *map(len, drawings)])
-        np.savez_compressed(out, points=np.concatenate(drawings), offsets=offsets)
-        return out
-    return save_png(grid(drawings), out)
+    seeds = range(seed, seed + n)
+    arrays: dict[str, Any]
+    if run.lengths is None:
+        folder = autoencoder or run.first_stage
+        if run.latent and folder is None and out.suffix == ".png":
+            raise ValueError(
+                f"sample: {checkpoint} draws latents: give the folder of their autoencoder (--autoencoder), or an "
+                "--out that ends in .npz, which gets the latents."
+            )
+        stage = load_autoencoder(folder).to(device_of(device)) if run.latent and folder is not None else None
+        x = draw_images(run.model, run.diffusion, seeds, **options)
+        if run.latent and stage is None:
+            arrays = {"latents": x.numpy()}
+        else:
+            arrays = {"images": pixels(x, stage)}
+    else:
+        drawings = draw(run.model, run.diffusion, run.lengths, seeds, form=run.config.form, **options)
+        if out.suffix == ".png":
+            return save_png(grid(drawings), out)
+        arrays = {"points": np.concatenate(drawings), "offsets": np.cumsum([0, *map(len, drawings)])}
+    if out.suffix == ".png":
+        return save_png(image_grid(arrays["images"]), out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out, **arrays)
+    return out

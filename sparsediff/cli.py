@@ -20,15 +20,15 @@ import tyro
 
 from sparsediff import __version__
 from sparsediff.allocator import keep_freed_memory
-from sparsediff.presets import IMAGE_PRESETS, PRESETS, MethodName, TrainConfig
+from sparsediff.presets import PRESETS, MethodName, TrainConfig
 from sparsediff.registry import entry_names
 
 if TYPE_CHECKING:
     PresetName: TypeAlias = str
-    AnyPresetName: TypeAlias = str
+    ChiroDiffPresetName: TypeAlias = str
 else:
     PresetName = Literal[tuple(PRESETS)]
-    AnyPresetName = Literal[tuple(PRESETS | IMAGE_PRESETS)]
+    ChiroDiffPresetName = Literal[tuple(name for name, preset in PRESETS.items() if preset.model == "chirodiff")]
 
 Command = Callable[[Sequence[str]], int]
 FLAGS = (tyro.conf.FlagCreatePairsOff,)  # --resume, without a --no-resume
@@ -41,11 +41,14 @@ class SampleConfig:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A checkpoint, or a run's folder, whose newest one is taken."""
     n: int = 64
-    """Number of drawings."""
+    """Number of drawings or images."""
     steps: int = 50
     """DDIM steps."""
     out: Path = Path("samples.png")
-    """The picture (.png); a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1])."""
+    """The picture (.png); a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1]), or
+    the images ([n, H, W, 3])."""
+    autoencoder: Path | None = None
+    """Folder of the autoencoder that decodes latents; that of the run if not given."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddpm visits every timestep of the diffusion."""
     eta: float = 0.0
@@ -66,7 +69,7 @@ class SampleConfig:
 class AccountConfig:
     """Counts parameters, FLOPs and memory of a preset beside its dense twin; what is not given is the preset's."""
 
-    preset: Annotated[AnyPresetName, tyro.conf.Positional]
+    preset: Annotated[PresetName, tyro.conf.Positional]
     """The preset."""
     method: MethodName | None = None
     """Training method."""
@@ -110,7 +113,7 @@ class ConvertConfig:
     """Write absent weights as zeros, without masks."""
     zeros: str | None = None
     """Take blocks of zeros for absent: unstructured, or block:HxW; for sources without masks."""
-    preset: PresetName = "chirodiff-kanjivg"
+    preset: ChiroDiffPresetName = "chirodiff-kanjivg"
     """For ChiroDiff's checkpoints: settings that they do not hold."""
     data: str | None = None
     """For ChiroDiff's checkpoints: file or folder of the data, whose lengths sampling draws from."""
@@ -207,7 +210,6 @@ def help_text() -> str:
     lines = ["usage: sparsediff COMMAND ...    (sparsediff COMMAND --help shows its options)", "", "commands:"]
     lines += [f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()]
     lines += ["", "presets:", *(f"  {name:<20} {preset.summary()}" for name, preset in PRESETS.items())]
-    lines += [f"  {name:<20} {preset.summary()} (for account)" for name, preset in IMAGE_PRESETS.items()]
     for kind in ("methods", "datasets", "models"):
         lines += ["", f"{kind}: {', '.join(entry_names(f'sparsediff.{kind}'))}"]
     lines += ["", "exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM after saving"]

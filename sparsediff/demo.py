@@ -292,6 +292,7 @@ def demo(config: DemoConfig) -> int:
 def drawings_of(run: Run, count: int) -> list[npt.NDArray[np.float32]]:
     """Samples of a run's averaged model, from the same noise and lengths for every run of a seed."""
     seeds = range(run.config.seed, run.config.seed + count)
+    assert run.lengths is not None
     return draw(run.ema.model, run.diffusion, run.lengths, seeds, form=run.config.form, **SAMPLING)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sparsediff.presets import PRESETS
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
@@ -63,10 +65,16 @@ class LatentsConfig:
 # The data sets under their own names, and under those of the presets that train on them.
 LATENTS: dict[str, LatentsConfig] = {
     **{name: LatentsConfig(name) for name in ("celebahq", "emoji", "imagefolder", "imagenette", "lsun")},
-    "ldm-celebahq": LatentsConfig("celebahq", out=Path("latents/celebahq")),
-    "ldm-bedrooms": LatentsConfig("lsun", out=Path("latents/bedrooms")),
-    "ldm-imagenette": LatentsConfig("imagenette", out=Path("latents/imagenette")),
-    "ldm-small": LatentsConfig("imagefolder", size=128, out=Path("latents/small")),
+    **{
+        name: LatentsConfig(
+            preset.dataset,
+            # What the autoencoder makes of them, a quarter of that in height and width, is what the U-Net takes.
+            size=128 if preset.unet == "small" else None,
+            out=Path("latents", name.removeprefix("ldm-")),
+        )
+        for name, preset in PRESETS.items()
+        if preset.model == "unet"
+    },
 }
 
 

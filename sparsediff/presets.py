@@ -53,6 +53,33 @@ class TrainConfig:
     """What happens to a drawing that cannot be used."""
     data_options: dict[str, str] = dataclasses.field(default_factory=dict)
     """The data set's own options as KEY VALUE pairs, for example: variants base (kanjivg)."""
+
+    # Images
+    size: int | None = None
+    """Height and width of the images after crop and resize; the data set's own if not given."""
+    flip: float | None = None
+    """Chance that an image is mirrored, afresh in every epoch; the data set's own if not given."""
+    train_count: int | None = None
+    """Images for training; 0: all that validation leaves. The data set's own number if not given."""
+    valid_count: int | None = None
+    """Images for validation; 0: none. The data set's own number if not given."""
+    train_list: str | None = None
+    """Text file that names the images for training, one a line."""
+    valid_list: str | None = None
+    """Text file that names the images for validation, one a line."""
+    convert: bool = False
+    """Use images with a palette, transparency, CMYK, 16 bits, several frames or an EXIF orientation, converted."""
+    max_pixels: int = 64_000_000
+    """Images of more pixels cannot be used."""
+    latents: str | None = None
+    """Folder that `sparsediff latents` made: train on these latents instead of images."""
+    autoencoder: str | None = None
+    """Folder of the autoencoder (VQ-f4). With it images are encoded in every step where no latents are given, and
+    sample grids are decoded."""
+    workers: int = 0
+    """Processes that read images ahead; 0: none. They change no bit."""
+
+    # Model
     model: ModelName = "chirodiff"
     """Model, by its registered name."""
     hidden: int = 96
@@ -63,6 +90,8 @@ class TrainConfig:
     """Whether steps or positions of the pen are diffused."""
     gru_form: Literal["packed", "padded"] = "padded"
     """How a dense GRU treats lengths; the same function at different speed."""
+    unet: Literal["paper", "small"] = "paper"
+    """Size of the U-Net: the paper's for 64x64 latents, or a small one for 32x32 pixels or latents."""
 
     # Diffusion
     timesteps: int = 1000
@@ -154,11 +183,12 @@ class TrainConfig:
         at_least_1 = """hidden layers timesteps epochs batch_size every sample_count sample_steps max_steps log_every
             save_every keep""".split()  # noqa: SIM905
         positive = ["lr", "max_seconds"]
-        not_negative = ["weight_decay", "grad_clip", "sample_every", "threads"]
+        not_negative = ["weight_decay", "grad_clip", "sample_every", "threads", "workers"]
         rules: list[tuple[str, bool, str]] = [
             *((name, _holds(getattr(self, name), lambda v: v >= 1), "at least 1") for name in at_least_1),
             *((name, _holds(getattr(self, name), lambda v: 0 < v < math.inf), "positive") for name in positive),
             *((name, getattr(self, name) >= 0, "at least 0") for name in not_negative),
+            ("size", _holds(self.size, lambda v: v >= 1), "at least 1"),
             ("beta_start", 0 < self.beta_start < 1, "in (0, 1)"),
             ("beta_end", 0 < self.beta_end < 1, "in (0, 1)"),
             ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
@@ -178,7 +208,7 @@ class TrainConfig:
     def summary(self) -> str:
         """One line for help."""
         data = self.dataset + (f" ({self.category})" if self.category else "")
-        size = f" {self.hidden}x{self.layers}" if self.model == "chirodiff" else ""
+        size = f" {self.hidden}x{self.layers}" if self.model == "chirodiff" else f" ({self.unet})"
         return f"{self.model}{size} on {data}, {self.epochs} epochs"
 
 
@@ -189,15 +219,14 @@ def _holds(value: float | None, rule: Callable[[float], bool]) -> bool:
 # Settings that do not change what is computed, or may: a resumed run need not repeat them.
 # Data are told apart by their content.
 RUN_SETTINGS = frozenset(
-    """data device threads plan out resume dry_run epochs max_steps max_seconds
+    """data latents autoencoder workers device threads plan out resume dry_run epochs max_steps max_seconds
     log_every save_every keep sample_every sample_count sample_steps""".split()  # noqa: SIM905
 )
 
-PRESETS: dict[str, TrainConfig] = {
-    "chirodiff-kanjivg": TrainConfig(dataset="kanjivg", hidden=96, layers=3, out="runs/kanjivg"),
-    "chirodiff-quickdraw": TrainConfig(dataset="quickdraw", category="cat", hidden=128, layers=3, out="runs/quickdraw"),
-    "chirodiff-vmnist": TrainConfig(dataset="vmnist", hidden=48, layers=2, out="runs/vmnist"),
-}
+# Settings that checkpoints of the first versions lack: their runs had the defaults.
+LATER_SETTINGS = frozenset(
+    "size flip train_count valid_count train_list valid_list convert max_pixels unet".split()  # noqa: SIM905
+)
 
 _LATENT = TrainConfig(
     model="unet",
@@ -210,24 +239,37 @@ _LATENT = TrainConfig(
     pattern="block:32x32",
     every=1100,
     sample_steps=100,
+    sample_count=16,
 )
 
-# The paper's latent diffusion models, and one for laptops; `account` counts them.
-IMAGE_PRESETS: dict[str, TrainConfig] = {
+PRESETS: dict[str, TrainConfig] = {
+    "chirodiff-kanjivg": TrainConfig(dataset="kanjivg", hidden=96, layers=3, out="runs/kanjivg"),
+    "chirodiff-quickdraw": TrainConfig(dataset="quickdraw", category="cat", hidden=128, layers=3, out="runs/quickdraw"),
+    "chirodiff-vmnist": TrainConfig(dataset="vmnist", hidden=48, layers=2, out="runs/vmnist"),
     "ldm-celebahq": dataclasses.replace(_LATENT, dataset="celebahq", lr=2.0e-6, out="runs/celebahq"),
     "ldm-bedrooms": dataclasses.replace(_LATENT, dataset="lsun", lr=2.4e-5, out="runs/bedrooms"),
     "ldm-imagenette": dataclasses.replace(_LATENT, dataset="imagenette", lr=2.4e-5, out="runs/imagenette"),
+    # Not the paper's: a small U-Net on pixels, or on latents of images of 128x128, for a laptop.
     "ldm-small": dataclasses.replace(
-        _LATENT, dataset="emoji", lr=1e-4, batch_size=32, pattern="block:16x16", every=100, out="runs/small"
+        _LATENT,
+        dataset="emoji",
+        size=32,
+        unet="small",
+        lr=1e-4,
+        batch_size=32,
+        ema_decay=0.999,
+        pattern="block:16x16",
+        every=100,
+        sample_count=36,
+        out="runs/small",
     ),
 }
-
-# Size of the U-Net of each of them, as `sparsediff.models.unet` names it.
-UNETS = {name: "small" if name == "ldm-small" else "paper" for name in IMAGE_PRESETS}
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings of a saved run that `config` contradicts: name → (saved, given); run settings do not count."""
     given = dataclasses.asdict(config)
     names = [name for name in given if name not in RUN_SETTINGS]
+    defaults = dataclasses.asdict(TrainConfig())
+    saved = {**{name: defaults[name] for name in LATER_SETTINGS}, **saved}
     return {name: (saved.get(name), given[name]) for name in names if saved.get(name) != given[name]}

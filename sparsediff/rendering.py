@@ -1,4 +1,4 @@
-"""Pen drawings to pictures.
+"""Pen drawings to pictures, and pictures to sheets.
 
 The renderer is part of every score that is computed on pictures, so it is fixed: each stroke is a polyline of
 `LINE_WIDTH` times the side of the picture with round caps and joins, black on white, drawn with Pillow at
@@ -88,15 +88,35 @@ def grid(
     Returns:
         A grey Pillow image.
     """
-    cells = [render(d, size, threshold=threshold) for d in drawings]
+    return _sheet([render(d, size, threshold=threshold) for d in drawings], columns, gap)
+
+
+def image_grid(images: npt.NDArray[np.uint8], *, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Images side by side, row by row; small ones enlarged by a whole factor to 64 pixels or more.
+
+    Args:
+        images: `[n, H, W, 3]` uint8; at least one.
+        columns: None: about as many as rows.
+        gap: grey pixels between the cells.
+
+    Returns:
+        An RGB Pillow image.
+    """
+    factor = max(1, -(-64 // images.shape[1]))
+    return _sheet([image.repeat(factor, axis=0).repeat(factor, axis=1) for image in images], columns, gap)
+
+
+def _sheet(cells: list[UInt8], columns: int | None, gap: int) -> Image.Image:
+    """Square pictures of one size, grey or RGB, in rows."""
     if not cells:
         raise DataError("grid: needs at least one drawing; got none.")
     wide = columns if columns is not None else math.ceil(math.sqrt(len(cells)))
     if wide < 1:
         raise DataError(f"grid: columns must be at least 1; got {columns}.")
     high = -(-len(cells) // wide)
+    size, *channels = cells[0].shape[1:]
     step = size + gap
-    sheet = np.full((high * step + gap, wide * step + gap), 208, np.uint8)
+    sheet = np.full((high * step + gap, wide * step + gap, *channels), 208, np.uint8)
     for i, cell in enumerate(cells):
         row, column = divmod(i, wide)
         sheet[gap + row * step :, gap + column * step :][:size, :size] = cell

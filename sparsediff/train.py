@@ -17,24 +17,37 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparse_kernels.nn import Plan
 from sparsediff import checkpoint, methods
-from sparsediff.build import build_diffusion, build_model, device_of, draw, plan_execution, rebuild_model
-from sparsediff.datasets import Batches, StrokeData, load
+from sparsediff.autoencoder import encode, fingerprint
+from sparsediff.build import (
+    architecture,
+    build_diffusion,
+    build_model,
+    device_of,
+    draw,
+    plan_execution,
+    rebuild_model,
+)
+from sparsediff.datasets import Batch, Batches, ImageBatch, ImageBatches, ImageData, StrokeData, load
+from sparsediff.diffusion import Predictor
 from sparsediff.ema import EMA
 from sparsediff.files import write_atomically
+from sparsediff.images import Noise, check_size, draw_images, load_first_stage, load_items, pixels
+from sparsediff.latent_cache import LatentData
 from sparsediff.metrics import MetricsLog
 from sparsediff.presets import TrainConfig, differences
-from sparsediff.rendering import grid, save_png
+from sparsediff.rendering import grid, image_grid, save_png
 from sparsediff.samplers import LengthDistribution
 from sparsediff.seeds import stream_seed
 
+Data: TypeAlias = StrokeData | ImageData | LatentData
 STREAMS = ("topology", "diffusion", "growth")  # one generator each; the order of the data has its own seed
 
 
@@ -47,7 +60,7 @@ class Run:
 
     Args:
         config: the settings.
-        data: the drawings; only their training split is used.
+        data: drawings, images or latents; only their training split is used.
         saved: the checkpoint to continue from.
 
     Raises:
@@ -56,7 +69,7 @@ class Run:
         ValueError: a setting that cannot be, such as a device that does not exist.
     """
 
-    def __init__(self, config: TrainConfig, data: StrokeData, saved: checkpoint.Checkpoint | None = None) -> None:
+    def __init__(self, config: TrainConfig, data: Data, saved: checkpoint.Checkpoint | None = None) -> None:
         self.config = config
         self.device = device_of(config.device)
         if config.threads:
@@ -67,23 +80,39 @@ class Run:
             )
             for name in STREAMS
         }
-        self.batches = Batches(data.train, config.batch_size, seed=config.seed, form=config.form)
-        self.fingerprint = data.train.fingerprint()
-        self.provenance = dict(data.provenance)
+        self.batches: Batches | ImageBatches
+        self.fingerprint: dict[str, Any] = dict(data.train.fingerprint())
+        self.lengths: LengthDistribution | None = None  # of drawings
+        self.autoencoder: Any = None
+        if isinstance(data, StrokeData):
+            self.batches = Batches(data.train, config.batch_size, seed=config.seed, form=config.form)
+            self.lengths = LengthDistribution(torch.from_numpy(data.train.length_histogram()))
+        else:
+            self.batches = ImageBatches(data.train, config.batch_size, seed=config.seed, workers=config.workers)
+            self.autoencoder = load_first_stage(config)
+        self.encodes = self.autoencoder is not None and isinstance(data, ImageData)
+        if self.autoencoder is not None:
+            self.autoencoder.to(self.device)
+        if self.encodes:
+            self.fingerprint |= {"autoencoder": fingerprint(self.autoencoder)["sha256"]}
+        self.provenance = dict(data.meta if isinstance(data, LatentData) else data.provenance)
         self.total_steps = config.epochs * len(self.batches)
-        self.lengths = LengthDistribution(torch.from_numpy(data.train.length_histogram()))
 
         self.plan: dict[str, Any] | None  # what became of every layer, as `sparse_kernels.nn.Plan.to_json` says it
         if saved is None:
             self.model, plan = build_model(config, self.generators["topology"])
         else:
             self._check(saved)
-            self.model = rebuild_model(config, saved.model)
+            self.model = rebuild_model(config, saved.model, saved.state.get("unet"))
             plan = None if saved.state["plan"] is None else Plan.from_json(saved.state["plan"])
         self.model.to(self.device)
+        self.predict: Predictor = Noise(self.model) if config.model == "unet" else self.model
+        first = self._forward_inputs(self.batches.peek())
+        if config.model == "unet":
+            check_size(self.model, first[0].shape[1:], config)
         if plan is not None:
             settings = None if saved is None else saved.state["config"]
-            plan = plan_execution(self.model, plan, config, self.batches.peek(), saved=settings)
+            plan = plan_execution(self.model, plan, config, first, saved=settings)
         self.plan = plan.to_json() if plan is not None else None
         self.diffusion = build_diffusion(config).to(self.device)
         self.parameters = list(self.model.parameters())
@@ -113,11 +142,12 @@ class Run:
     def training_step(self) -> dict[str, Any] | None:
         """One step on the next batch; returns what the method did, None if nothing."""
         self.method.begin_step()
-        batch = next(self.batches).to(self.device, non_blocking=True)
+        batch = cast(Batch | ImageBatch, next(self.batches)).to(self.device, non_blocking=True)
+        x = self._clean(batch)
         generator = self.generators["diffusion"]
-        t = torch.randint(self.diffusion.timesteps, (len(batch.x),), generator=generator, device=self.device)
-        noise = torch.randn(batch.x.shape, generator=generator, device=self.device)
-        loss = self.diffusion.loss(self.model, batch.x, t, noise, batch.lengths)
+        t = torch.randint(self.diffusion.timesteps, (len(x),), generator=generator, device=self.device)
+        noise = torch.randn(x.shape, generator=generator, device=self.device)
+        loss = self.diffusion.loss(self.predict, x, t, noise, batch.lengths)
         self.optimizer.zero_grad()
         loss.backward()
         if self.config.grad_clip:
@@ -129,6 +159,18 @@ class Run:
         self.loss_count += 1
         self.step += 1
         return done
+
+    def _clean(self, batch: Batch | ImageBatch) -> Tensor:
+        """x_0 of a batch on the run's device."""
+        return encode(self.autoencoder, batch.x).float() if self.encodes else batch.x
+
+    def _forward_inputs(self, batch: Batch | ImageBatch) -> tuple[Tensor, ...]:
+        """Arguments of the model's forward of a batch."""
+        x = self._clean(batch)
+        t = torch.zeros(len(x), dtype=torch.long)
+        if batch.lengths is None:
+            return x.contiguous(memory_format=torch.channels_last), t
+        return x, t, batch.lengths
 
     def summary(self) -> str:
         """What runs, in a line."""
@@ -154,12 +196,14 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a checkpoint needs beside the parameters and their averages."""
-        return {
+        own: dict[str, Any] = {} if self.lengths is None else {"lengths": self.lengths.counts}
+        if self.config.model == "unet":
+            own["unet"] = architecture(self.config, self.model)
+        return own | {
             "config": dataclasses.asdict(self.config),
             "data": self.fingerprint,
             "provenance": self.provenance,
             "plan": self.plan,
-            "lengths": self.lengths.counts,
             "optimizer": self.optimizer.state_dict(),
             "ema_updates": self.ema.updates,
             "method": self.method.state_dict(),
@@ -211,6 +255,7 @@ class Run:
         state = saved.state
         self.ema.load_state_dict({"updates": state["ema_updates"], "parameters": saved.ema})
         self.optimizer.load_state_dict(state["optimizer"])
+        restride(self.optimizer)
         self.method.load_state_dict(state["method"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())
@@ -264,18 +309,33 @@ def save_grid(run: Run) -> Path:
     """Draws `sample_count` samples of the averaged model and saves their picture; the same seeds every time."""
     path = Path(run.config.out) / "samples" / f"step-{run.step:08d}.png"
     seeds = range(run.config.seed, run.config.seed + run.config.sample_count)
+    if run.lengths is None:
+        size = run.config.batch_size
+        x = draw_images(run.ema.model, run.diffusion, seeds, steps=run.config.sample_steps, batch_size=size)
+        return save_png(image_grid(pixels(x, run.autoencoder)), path)
     drawings = draw(
         run.ema.model, run.diffusion, run.lengths, seeds, form=run.config.form, steps=run.config.sample_steps
     )
     return save_png(grid(drawings), path)
 
 
-def start(config: TrainConfig, data: StrokeData | None = None) -> int:
+def restride(optimizer: torch.optim.Optimizer) -> None:
+    """Lays the optimizer's state out in memory as its parameters are.
+
+    Checkpoints hold contiguous tensors, and the fused AdamW pairs elements by place in memory, not by index.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def start(config: TrainConfig, data: Data | None = None) -> int:
     """The `train` command: builds the run, or resumes it where `out` has one, and trains.
 
     Args:
         config: the settings.
-        data: the drawings; loaded as the settings say by default.
+        data: drawings, images or latents; loaded as the settings say by default.
 
     Returns:
         The exit code.
@@ -288,7 +348,8 @@ def start(config: TrainConfig, data: StrokeData | None = None) -> int:
     if not config.resume and (newest is not None or (out / "metrics.jsonl").exists()):
         raise TrainError(f"{out} holds a run already; --resume continues it, another --out keeps it.")
     saved = None if newest is None else checkpoint.load(newest)
-    data = load_data(config) if data is None else data
+    if data is None:
+        data = load_items(config, load_first_stage(config)) if config.model == "unet" else load_data(config)
     print(data.summary(), flush=True)
     run = Run(config, data, saved)
     print(run.summary() if saved is None else f"continuing {saved.path}", flush=True)
@@ -315,7 +376,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def load_data(config: TrainConfig) -> StrokeData:
-    """The data set of the settings, prepared as they say."""
+    """The drawings of the settings, prepared as they say."""
     return load(
         config.dataset,
         path=config.data,

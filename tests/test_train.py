@@ -22,7 +22,7 @@ from sparsediff.build import load_model
 from sparsediff.ema import EMA
 from sparsediff.metrics import read_metrics
 from sparsediff.models.chirodiff import ChiroDiff
-from sparsediff.presets import PRESETS, RUN_SETTINGS, TrainConfig, differences
+from sparsediff.presets import LATER_SETTINGS, PRESETS, RUN_SETTINGS, TrainConfig, differences
 from sparsediff.train import Run, TrainError, interruption, load_data, start
 
 STEPS = 5 * (70 // 8)
@@ -258,12 +258,25 @@ def test_the_average_follows_a_regrow(tmp_path: Path, method: str) -> None:
 
 
 def test_presets_have_the_settings_of_the_paper() -> None:
-    sizes = {name: (preset.hidden, preset.layers) for name, preset in PRESETS.items()}
+    drawing = {name: preset for name, preset in PRESETS.items() if preset.model == "chirodiff"}
+    sizes = {name: (preset.hidden, preset.layers) for name, preset in drawing.items()}
     assert sizes == {"chirodiff-kanjivg": (96, 3), "chirodiff-quickdraw": (128, 3), "chirodiff-vmnist": (48, 2)}
-    for preset in PRESETS.values():
+    for preset in drawing.values():
         assert (preset.epochs, preset.batch_size, preset.lr, preset.weight_decay) == (600, 128, 1e-3, 1e-2)
         assert (preset.timesteps, preset.beta_start, preset.beta_end, preset.schedule) == (1000, 1e-4, 2e-2, "linear")
         assert (preset.every, preset.sample_steps, preset.ema_decay, preset.grad_clip) == (800, 50, 0.9999, 0.1)
+    papers = {name: preset for name, preset in PRESETS.items() if preset.unet == "paper" and name not in drawing}
+    rates = {name: (preset.dataset, preset.lr) for name, preset in papers.items()}
+    assert rates == {
+        "ldm-celebahq": ("celebahq", 2.0e-6),
+        "ldm-bedrooms": ("lsun", 2.4e-5),
+        "ldm-imagenette": ("imagenette", 2.4e-5),
+    }
+    for preset in papers.values():
+        assert (preset.epochs, preset.batch_size, preset.weight_decay, preset.grad_clip) == (150, 12, 1e-2, 0.0)
+        assert (preset.timesteps, preset.beta_start, preset.beta_end) == (1000, 0.0015, 0.0195)
+        assert (preset.schedule, preset.every, preset.sample_steps) == ("scaled_linear", 1100, 100)
+        assert preset.ema_decay == 0.9999
 
 
 @pytest.mark.parametrize(
@@ -308,3 +321,7 @@ def test_only_run_settings_may_differ_on_resume() -> None:
     assert differences(saved, dataclasses.replace(config, out="x", epochs=1, threads=3)) == {}
     assert differences(saved, dataclasses.replace(config, seed=1)) == {"seed": (0, 1)}
     assert differences({k: v for k, v in saved.items() if k != "seed"}, config) == {"seed": (None, 0)}
+    assert names >= LATER_SETTINGS
+    first = {k: v for k, v in saved.items() if k not in LATER_SETTINGS}  # as the first versions saved it
+    assert differences(first, config) == {}
+    assert differences(first, dataclasses.replace(config, size=16)) == {"size": (None, 16)}

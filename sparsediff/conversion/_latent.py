@@ -299,6 +299,9 @@ def from_checkpoint(path: Path, head_dim: int, size: int) -> Latent:
         CheckpointError: there is none. ConversionError: it is of another model.
     """
     saved = checkpoint.load(path)
+    schedule = saved.state.get("config", {}).get("schedule", "scaled_linear")
+    if "unet" in saved.state and schedule != "scaled_linear":
+        raise ConversionError(f"{saved.path}: its schedule is {schedule}; expected scaled_linear, others have no form.")
     made = saved.state.get("unet") or {"head_dim": head_dim, "size": size}
     latent = Latent(shape_of_diffusers(saved.model), made["head_dim"], made["size"], step=saved.step)
     shapes = latent.build(empty=True).state_dict()

@@ -49,6 +49,11 @@ class ImageBatch:
     indices: Tensor
     flipped: Tensor
 
+    @property
+    def lengths(self) -> None:
+        """As for `Batch`: images have none."""
+        return None
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """The batch on another device."""
         return ImageBatch(*(t.to(device, non_blocking=non_blocking) for t in (self.x, self.indices, self.flipped)))
