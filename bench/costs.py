@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{threads} thread(s), {case.op} {case.name}, {dtype}: up to {best:.1f}x, "
                       f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
     rows.sort(key=lambda row: OPS.index(row["op"]))
-    about = machine()
+    about = machine(device.type)
     head = json.dumps({"kind": kind, "machine": about, "measured": measured(before, rows, anew, about)}, indent=1)[:-2]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # one row a line, for readable differences
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,10 @@ Stages, each a process of its own under a time limit, so that one that fails or 
     sanitizer   compute-sanitizer (memcheck, racecheck) over every product on small shapes
     rates       what the machine can do: copies, dense products, tensor cores
     bench       the GPU cases, the most wanted first; rows are appended as they are measured
+    costs       the cost table by which the execution plan of this kind of GPU decides
 
-FOLDER gets `rows.jsonl`, `rates.json` and a log of each stage. Nothing is downloaded: packages that are missing are
-named, with the wheels to bring.
+FOLDER gets `rows.jsonl`, `rates.json`, `costs.json` and a log of each stage. Nothing is downloaded: packages that are
+missing are named, with the wheels to bring.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from bench.rows import RESULTS, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ("gpu-conv-cuda", "gpu-conv-triton", "gpu-linear-cuda", "gpu-linear-triton")
+COSTS = "costs"
+MEASURED = (*CASES[:2], COSTS, *CASES[2:])
 BACKENDS = ("cuda", "triton")
 TAIL = 2500  # characters of a stage's output
 
@@ -101,12 +104,13 @@ def stages(out: Path, minutes: float) -> list[Stage]:
                   "" if sanitizer else "there is no compute-sanitizer; it is a part of the CUDA toolkit")
         )  # fmt: skip
     # Measuring gets what the others leave, and what they did not use.
-    for place, case in enumerate(CASES):
-        left = len(CASES) - place
-        made.append(
-            Stage(case, [python, "-m", "bench", "run", case, "--device", "cuda", "--out", str(out / "rows.jsonl")],
-                  minutes * 60 / left)
-        )  # fmt: skip
+    for case in MEASURED:
+        command = [python, "-m", "bench", "run", case, "--device", "cuda", "--out", str(out / "rows.jsonl")]
+        if case == COSTS:
+            command = [python, "-m", "bench.costs", "--device", "cuda", "--dtypes", "bfloat16", "--threads", "1",
+                       "--ops", "conv", "linear", "--patterns", "block:32x32", "block:16x16",
+                       "--out", str(out / "costs.json")]  # fmt: skip
+        made.append(Stage(case, command, minutes * 60))
     return made
 
 
@@ -201,7 +205,9 @@ def run_stages(out: Path, minutes: float, only: Sequence[str] = ()) -> int:
         if only and not any(stage.name.startswith(prefix) for prefix in only):
             continue
         left = minutes * 60 - (time.perf_counter() - begun)
-        share = left / (len(CASES) - CASES.index(stage.name)) if stage.name in CASES else min(stage.seconds, left)
+        share = min(stage.seconds, left)
+        if stage.name in MEASURED:
+            share = left / (len(MEASURED) - MEASURED.index(stage.name))
         outcome = perform(stage, out, share) if left > 5 else "not run: no time left"
         lines.append(f"{stage.name}: {outcome}")
         print(lines[-1], flush=True)
