@@ -222,10 +222,18 @@ def test_two_python_threads_at_once() -> None:
                 assert all(torch.equal(a, b) for a, b in zip(future.result(), wanted, strict=True))
 
 
-def test_the_op_asks_for_the_derived_index() -> None:
-    topology = Topology.random(8, 4, PATTERN, 60, taps=9)
-    with pytest.raises(ValueError, match=r"derived index .* topology\.attach"):
-        conv2d(torch.randn(1, 4, 5, 5), torch.randn(60, 1, 1), topology, conv=same(3), backend="cpu")
+@pytest.mark.parametrize("kernel,size", [(3, 5), (1, 5), (1, 32)], ids=["3x3", "1x1", "1x1 as linear"])
+def test_the_op_asks_for_its_derived_index(kernel: int, size: int) -> None:
+    torch.set_num_threads(1)
+    topology = Topology.random(8, 4, PATTERN, 20, taps=kernel * kernel)
+    x = torch.randn(1, 4, size, size).to(memory_format=torch.channels_last)
+    values = torch.randn(20, 1, 1)
+    with pytest.raises(ValueError, match=r"^conv: .* derived index .* topology\.attach\(.*deriver\('conv'"):
+        conv2d(x, values, topology, conv=same(kernel), backend="cpu")
+    deriver = get("cpu").deriver("conv", PATTERN)
+    assert deriver is not None
+    topology.attach(deriver)
+    assert conv2d(x, values, topology, conv=same(kernel), backend="cpu").isfinite().all()
 
 
 def test_launchers_refuse_what_they_cannot_run() -> None:

@@ -1,7 +1,8 @@
-"""What the convolutions of the `cpu` backend share: the shapes and strides of csrc/api.h, and the dense gradient."""
+"""What convolutions on the CPU share: the shapes and strides of csrc/api.h, pixels as rows, the dense gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,23 @@ def side_by_side(image: Tensor) -> tuple[int, int]:
     """Strides of the channels and of the columns; a single one lies side by side, whatever stride it has."""
     channels = 1 if image.shape[1] == 1 else image.stride(1)
     return channels, 1 if image.shape[3] == 1 and channels != 1 else image.stride(3)
+
+
+def rows_of(x: Tensor, conv: ConvGeometry) -> Tensor | None:
+    """The pixels of `x [N, C, H, W]` as rows `[N·H·W, C]` without a copy, where the convolution is linear on them."""
+    n, c, h, w = x.shape
+    if conv.kernel != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+        return None
+    pixel = x.stride(3)
+    if x.stride(1) != 1 or pixel < c or x.stride(2) != w * pixel or x.stride(0) != h * w * pixel:
+        return None
+    return x.as_strided([n * h * w, c], [pixel, 1])
+
+
+def images_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows `[N·H·W, C]` as channels_last images of `shape` `[N, C, H, W]`."""
+    n, c, h, w = shape
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def dense_grad(dy: Tensor, x: Tensor, conv: ConvGeometry) -> Tensor:

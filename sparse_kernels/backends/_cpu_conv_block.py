@@ -17,7 +17,7 @@ from torch import Tensor
 from .._native import native
 from ..topology import WeightIndex
 from . import _cpu_block
-from ._cpu_conv import conv_shape, image_strides, side_by_side
+from ._cpu_conv import conv_shape, image_strides, images_of, rows_of, side_by_side
 from ._cpu_launch import in_large_pages, launch, native_index
 from .reference import memory_format
 from .registry import ConvGeometry
@@ -141,20 +141,3 @@ def _by_slices(x: Tensor, index: WeightIndex) -> bool:
     take both gradients in one pass over dY: 1 to 30 and up to 20 % quicker for 4 x 896 x 8² to 4 x 224 x 64² (32x32
     blocks, S=.5 to .9, Zen 5, 2 threads)."""
     return x.dtype == torch.float32 and min(index.bh, index.bw) >= 16
-
-
-def rows_of(x: Tensor, conv: ConvGeometry) -> Tensor | None:
-    """The pixels of `x [N, C, H, W]` as rows `[N·H·W, C]` without a copy, where the convolution is linear on them."""
-    n, c, h, w = x.shape
-    if conv.kernel != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
-        return None
-    pixel = x.stride(3)
-    if x.stride(1) != 1 or pixel < c or x.stride(2) != w * pixel or x.stride(0) != h * w * pixel:
-        return None
-    return x.as_strided([n * h * w, c], [pixel, 1])
-
-
-def images_of(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows `[N·H·W, C]` as channels_last images of `shape` `[N, C, H, W]`."""
-    n, c, h, w = shape
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2)

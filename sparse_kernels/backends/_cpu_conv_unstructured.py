@@ -14,8 +14,7 @@ from torch import Tensor
 from .._native import native
 from ..topology import Topology, WeightIndex
 from . import _cpu_unstructured
-from ._cpu_conv import conv_shape, dense_grad, image_strides
-from ._cpu_conv_block import images_of, rows_of
+from ._cpu_conv import conv_shape, dense_grad, image_strides, images_of, rows_of
 from ._cpu_launch import RUNS, check, in_large_pages, launch, native_index, runs_of, workspace
 from .reference import memory_format
 from .registry import ConvGeometry
@@ -127,5 +126,10 @@ def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
 
 
 def _linear(index: WeightIndex) -> WeightIndex:
-    """The index of the linear weight that a kernel of one tap is."""
+    """The index of the linear weight that a kernel of one tap is.
+
+    Raises:
+        ValueError: where the topology has no derived index.
+    """
+    runs_of(index, "by_row", "conv")  # or the linear kernels would ask for the index of their own op
     return replace(index, derived=index.derived[len(RUNS) :])

@@ -20,7 +20,7 @@ from .. import _native
 from ..activations import ACTIVATIONS
 from ..patterns import Block, Unstructured
 from ..topology import Deriver, WeightIndex
-from . import _cpu_block, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
+from . import _cpu_block, _cpu_conv, _cpu_conv_block, _cpu_conv_unstructured, _cpu_gru, _cpu_unstructured
 from ._cpu_conv import dense_grad
 from ._cpu_launch import check
 from .registry import Backend, ConvGeometry, GruGrads, GruWeight, ProductGrads, register
@@ -112,7 +112,7 @@ class CpuBackend(Backend):
             return _cpu_block.block_scores(dy, x, index)
         if index.unstructured:
             return _cpu_conv_unstructured.block_scores(dy.float(), x.float(), index, conv)
-        rows = _cpu_conv_block.rows_of(dy, conv), _cpu_conv_block.rows_of(x, conv)
+        rows = _cpu_conv.rows_of(dy, conv), _cpu_conv.rows_of(x, conv)
         if rows[0] is not None and rows[1] is not None and torch.get_num_threads() == 1:
             # One thread of oneDNN takes a kernel of half the speed here.
             return _cpu_block.block_scores(rows[0], rows[1], index)

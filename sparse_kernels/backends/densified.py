@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import _native, reference
 from ..patterns import Block
 from ..topology import WeightIndex
-from . import _cpu_conv_block, _cpu_gru, _densified_tiles
+from . import _cpu_conv, _cpu_conv_block, _cpu_gru, _densified_tiles
 from ._cpu_launch import check, in_large_pages, native_index
 from .reference import DenseWeightBackend, memory_format
 from .registry import ConvGeometry, GruGrads, GruWeight, ProductGrads, register, score_dtype
@@ -122,7 +122,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _rows(x: Tensor, conv: ConvGeometry) -> Tensor | None:
     """The pixels of channels_last `x` as rows, where the convolution is linear on them and the CPU's library for that
     is the faster one."""
-    return _cpu_conv_block.rows_of(x, conv) if x.device.type == "cpu" else None
+    return _cpu_conv.rows_of(x, conv) if x.device.type == "cpu" else None
 
 
 class DensifiedBackend(DenseWeightBackend):
@@ -145,7 +145,7 @@ class DensifiedBackend(DenseWeightBackend):
         rows = x if conv is None else _rows(x, conv)
         if rows is not None:
             y = _linear(rows, scatter(values, index, None, torch.contiguous_format, x.dtype), bias)
-            return y if conv is None else _cpu_conv_block.images_of(y, [x.shape[0], index.out, *x.shape[2:]])
+            return y if conv is None else _cpu_conv.images_of(y, [x.shape[0], index.out, *x.shape[2:]])
         assert conv is not None
         if _densified_tiles.serves(x, index, conv):
             full, tiles = _tiles(values, index)
@@ -224,7 +224,7 @@ class DensifiedBackend(DenseWeightBackend):
             weight = scatter(values, index, None, torch.contiguous_format, dy.dtype) if need_x else None
             dx = None if weight is None else _linear(dy_rows, weight.T)
             if dx is not None and conv is not None:
-                dx = _cpu_conv_block.images_of(dx, x.shape)
+                dx = _cpu_conv.images_of(dx, x.shape)
             return dx, _linear(dy_rows.T, rows.T) if need_weight else None, dy_rows.sum(0) if need_bias else None
         assert conv is not None
         format = memory_format(x)
