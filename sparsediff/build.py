@@ -72,6 +72,14 @@ def example_inputs(config: TrainConfig, model: Any, batch: int) -> tuple[Tensor,
     return tuple(inputs)
 
 
+def autocast(config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
+    """What forwards and the planning of a run happen in."""
+    if config.precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return torch.autocast(torch.device(config.device).type, dtype=dtype)
+
+
 def build_model(config: TrainConfig, generator: torch.Generator | None = None) -> tuple[nn.Module, Plan | None]:
     """A fresh model of the settings, sparse where its method is, and the plan of its layers.
 
@@ -82,16 +90,17 @@ def build_model(config: TrainConfig, generator: torch.Generator | None = None) -
     model = build_dense_model(config)
     if not METHODS.get(config.method).sparse:
         return model, None
-    plan = sparsify(
-        model,
-        sparsity=config.sparsity,
-        pattern=config.pattern,
-        allocation=config.allocation,
-        rescale=config.rescale,
-        generator=generator,
-        plan=plan_mode(config),
-        example_inputs=example_inputs(config, model, config.batch_size),
-    )
+    with autocast(config):
+        plan = sparsify(
+            model,
+            sparsity=config.sparsity,
+            pattern=config.pattern,
+            allocation=config.allocation,
+            rescale=config.rescale,
+            generator=generator,
+            plan=plan_mode(config),
+            example_inputs=example_inputs(config, model, -(-config.batch_size // config.micro_batches)),
+        )
     return model, plan
 
 
@@ -138,7 +147,8 @@ def plan_execution(
     mode = "measure" if config.plan == "measure" else plan_mode(config)
     if saved is None and mode != "measure" and here:
         return plan  # made by `build_model`
-    return replan(model, plan, mode, example_inputs=tuple(tensor.to(device) for tensor in inputs))
+    with autocast(config):
+        return replan(model, plan, mode, example_inputs=tuple(tensor.to(device) for tensor in inputs))
 
 
 def rebuild_model(config: TrainConfig, saved: Mapping[str, Tensor], made: Mapping[str, Any] | None = None) -> nn.Module:

@@ -116,6 +116,15 @@ class TrainConfig:
     """Largest norm of the gradient; 0: no clipping."""
     ema_decay: float = 0.9999
     """Limit of the average's decay, which warms up as (1 + n) / (10 + n)."""
+    micro_batches: int = 1
+    """Parts that a batch is computed in, one after the other, their gradients accumulated: less memory, the same step
+    but for rounding; growth scores (rigl) add up by part."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What products are computed in (autocast); parameters, their states and the average stay fp32. fp16 scales the
+    loss and needs CUDA."""
+    recompute: bool = False
+    """Gradient checkpointing: the U-Net's blocks are computed again in the backward instead of kept. Less memory, a
+    third more time."""
 
     # Sparsity
     method: MethodName = "dense"
@@ -180,14 +189,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming every setting that is out of range."""
-        at_least_1 = """hidden layers timesteps epochs batch_size every sample_count sample_steps max_steps log_every
-            save_every keep""".split()  # noqa: SIM905
+        at_least_1 = """hidden layers timesteps epochs batch_size micro_batches every sample_count sample_steps
+            max_steps log_every save_every keep""".split()  # noqa: SIM905
         positive = ["lr", "max_seconds"]
         not_negative = ["weight_decay", "grad_clip", "sample_every", "threads", "workers"]
         rules: list[tuple[str, bool, str]] = [
             *((name, _holds(getattr(self, name), lambda v: v >= 1), "at least 1") for name in at_least_1),
             *((name, _holds(getattr(self, name), lambda v: 0 < v < math.inf), "positive") for name in positive),
             *((name, getattr(self, name) >= 0, "at least 0") for name in not_negative),
+            ("micro_batches", self.micro_batches <= self.batch_size, f"at most batch_size, {self.batch_size}"),
+            ("precision", self.precision != "fp16" or self.device.startswith("cuda"), "fp32 or bf16 but on CUDA"),
+            ("recompute", not self.recompute or self.model == "unet", "off but for a U-Net"),
             ("size", _holds(self.size, lambda v: v >= 1), "at least 1"),
             ("beta_start", 0 < self.beta_start < 1, "in (0, 1)"),
             ("beta_end", 0 < self.beta_end < 1, "in (0, 1)"),
@@ -219,13 +231,14 @@ def _holds(value: float | None, rule: Callable[[float], bool]) -> bool:
 # Settings that do not change what is computed, or may: a resumed run need not repeat them.
 # Data are told apart by their content.
 RUN_SETTINGS = frozenset(
-    """data latents autoencoder workers device threads plan out resume dry_run epochs max_steps max_seconds
+    """data latents autoencoder workers recompute device threads plan out resume dry_run epochs max_steps max_seconds
     log_every save_every keep sample_every sample_count sample_steps""".split()  # noqa: SIM905
 )
 
 # Settings that checkpoints of the first versions lack: their runs had the defaults.
 LATER_SETTINGS = frozenset(
-    "size flip train_count valid_count train_list valid_list convert max_pixels unet".split()  # noqa: SIM905
+    """size flip train_count valid_count train_list valid_list convert max_pixels unet
+    micro_batches precision""".split()  # noqa: SIM905
 )
 
 _LATENT = TrainConfig(

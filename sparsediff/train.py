@@ -28,6 +28,7 @@ from sparsediff import checkpoint, methods
 from sparsediff.autoencoder import encode, fingerprint
 from sparsediff.build import (
     architecture,
+    autocast,
     build_diffusion,
     build_model,
     device_of,
@@ -97,6 +98,7 @@ class Run:
             self.fingerprint |= {"autoencoder": fingerprint(self.autoencoder)["sha256"]}
         self.provenance = dict(data.meta if isinstance(data, LatentData) else data.provenance)
         self.total_steps = config.epochs * len(self.batches)
+        self.parts = min(config.micro_batches, self.batches.batch_size)
 
         self.plan: dict[str, Any] | None  # what became of every layer, as `sparse_kernels.nn.Plan.to_json` says it
         if saved is None:
@@ -113,12 +115,15 @@ class Run:
         if plan is not None:
             settings = None if saved is None else saved.state["config"]
             plan = plan_execution(self.model, plan, config, first, saved=settings)
+        if config.recompute:
+            cast(Any, self.model).enable_gradient_checkpointing()
         self.plan = plan.to_json() if plan is not None else None
         self.diffusion = build_diffusion(config).to(self.device)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=self.device.type in ("cpu", "cuda")
         )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.ema = EMA(self.model, config.ema_decay)
         names = ("every", "drop", "anneal", "t_end", "state_policy", "regrow_dropped")
         options = {name: getattr(config, name) for name in names}
@@ -141,21 +146,27 @@ class Run:
 
     def training_step(self) -> dict[str, Any] | None:
         """One step on the next batch; returns what the method did, None if nothing."""
-        self.method.begin_step()
+        self.method.begin_step(self.parts)
         batch = cast(Batch | ImageBatch, next(self.batches)).to(self.device, non_blocking=True)
         x = self._clean(batch)
         generator = self.generators["diffusion"]
         t = torch.randint(self.diffusion.timesteps, (len(x),), generator=generator, device=self.device)
         noise = torch.randn(x.shape, generator=generator, device=self.device)
-        loss = self.diffusion.loss(self.predict, x, t, noise, batch.lengths)
         self.optimizer.zero_grad()
-        loss.backward()
+        for part in self._split(x, t, noise, batch.lengths):
+            with autocast(self.config):
+                loss = self.diffusion.loss(self.predict, *part)
+            if self.parts > 1:
+                loss = loss * (len(part[0]) / len(x))
+            self.scaler.scale(loss).backward()
+            self.loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         done = self.method.step()
         self.ema.update()
-        self.loss_sum += loss.detach()
         self.loss_count += 1
         self.step += 1
         return done
@@ -164,13 +175,21 @@ class Run:
         """x_0 of a batch on the run's device."""
         return encode(self.autoencoder, batch.x).float() if self.encodes else batch.x
 
+    def _split(
+        self, x: Tensor, t: Tensor, noise: Tensor, lengths: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The parts that a batch is computed in."""
+        if self.parts == 1:
+            return [(x, t, noise, lengths)]
+        split = [tensor.tensor_split(self.parts) for tensor in (x, t, noise)]
+        own = (None,) * self.parts if lengths is None else lengths.tensor_split(self.parts)
+        return list(zip(*split, own, strict=True))
+
     def _forward_inputs(self, batch: Batch | ImageBatch) -> tuple[Tensor, ...]:
-        """Arguments of the model's forward of a batch."""
+        """Arguments of the model's forward of a batch, of its first part where it is computed in several."""
         x = self._clean(batch)
-        t = torch.zeros(len(x), dtype=torch.long)
-        if batch.lengths is None:
-            return x.contiguous(memory_format=torch.channels_last), t
-        return x, t, batch.lengths
+        x, t, _, lengths = self._split(x, torch.zeros(len(x), dtype=torch.long), x, batch.lengths)[0]
+        return (x.contiguous(memory_format=torch.channels_last), t) if lengths is None else (x, t, lengths)
 
     def summary(self) -> str:
         """What runs, in a line."""
@@ -199,6 +218,8 @@ class Run:
         own: dict[str, Any] = {} if self.lengths is None else {"lengths": self.lengths.counts}
         if self.config.model == "unet":
             own["unet"] = architecture(self.config, self.model)
+        if self.scaler.is_enabled():
+            own["scaler"] = self.scaler.state_dict()
         return own | {
             "config": dataclasses.asdict(self.config),
             "data": self.fingerprint,
@@ -256,6 +277,8 @@ class Run:
         self.ema.load_state_dict({"updates": state["ema_updates"], "parameters": saved.ema})
         self.optimizer.load_state_dict(state["optimizer"])
         restride(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.method.load_state_dict(state["method"])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name].cpu())

@@ -211,3 +211,95 @@ def test_states_of_the_optimizer_come_back_as_their_parameters_lie(tmp_path: Pat
     assert len(last) > 10  # channels last
     for parameter in run.parameters:
         assert run.optimizer.state[parameter]["exp_avg"].stride() == parameter.stride()
+
+
+def test_parts_of_a_batch_add_up_to_its_step(tmp_path: Path, emoji: Path) -> None:
+    runs = []
+    for parts in (1, 2, 4):
+        config = configured(tmp_path, emoji, method="static", micro_batches=parts)
+        runs.append(Run(config, load_items(config)))
+        runs[-1].training_step()
+    # Biases before a group norm have gradients of rounding alone, so the largest of all sets the scale.
+    scale = max(float(p.grad.abs().max()) for p in runs[0].parameters if p.grad is not None)
+    for other in runs[1:]:
+        assert other.mean_loss() == pytest.approx(float(runs[0].loss_sum), rel=1e-5)
+        for mine, theirs in zip(runs[0].parameters, other.parameters, strict=True):
+            assert mine.grad is not None and theirs.grad is not None
+            torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"micro_batches": 2}, id="parts"),
+        pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"precision": "bf16", "micro_batches": 4, "recompute": True, "grad_clip": 0.5}, id="all"),
+    ],
+)
+def test_growing_with_parts_and_bf16_continues_to_the_bit(
+    tmp_path: Path, emoji: Path, settings: dict[str, Any]
+) -> None:
+    assert start(configured(tmp_path / "whole", emoji, method="rigl", max_steps=7, **settings)) == 0
+    for last in (4, 7):
+        assert start(configured(tmp_path / "parts", emoji, method="rigl", max_steps=last, resume=True, **settings)) == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    moved = [r["method"]["moved"] for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "method" in r]
+    assert len(moved) == 2 and min(moved) > 0
+    plain = configured(tmp_path / "plain", emoji, method="rigl", max_steps=7)
+    assert start(plain) == 0
+    np.testing.assert_allclose(losses(tmp_path / "whole"), losses(tmp_path / "plain"), rtol=0.02)
+
+
+def test_parameters_stay_fp32_under_autocast(tmp_path: Path, emoji: Path) -> None:
+    config = configured(tmp_path, emoji, method="rigl", precision="bf16")
+    run = Run(config, load_items(config))
+    seen = []
+    run.model.get_submodule("conv_out").register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    run.training_step()
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in [*run.parameters, *run.ema.model.parameters()]} == {torch.float32}
+    assert {p.grad.dtype for p in run.parameters if p.grad is not None} == {torch.float32}
+
+
+def test_recomputing_changes_no_bit(tmp_path: Path, emoji: Path) -> None:
+    for name, recompute in (("kept", False), ("again", True)):
+        assert start(configured(tmp_path / name, emoji, method="rigl", max_steps=4, recompute=recompute)) == 0
+    assert contents(tmp_path / "kept") == contents(tmp_path / "again")
+
+
+def test_a_step_that_overflows_is_skipped_and_its_regrow_postponed(tmp_path: Path, emoji: Path) -> None:
+    config = configured(tmp_path, emoji, method="rigl")
+    run = Run(config, load_items(config))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for _ in range(2):
+        run.training_step()
+    run.scaler.update(new_scale=float(torch.finfo(torch.float32).max))
+    before = [p.detach().clone() for p in run.parameters]
+    assert run.training_step() == {"postponed": 1}
+    assert all(map(torch.equal, before, run.parameters))
+    run.scaler.update(new_scale=2.0)
+    done = run.training_step()
+    assert done is not None and done["moved"] > 0
+    assert not all(map(torch.equal, before, run.parameters))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs CUDA")
+def test_fp16_continues_to_the_same_losses(tmp_path: Path, emoji: Path) -> None:
+    settings: dict[str, Any] = {"method": "rigl", "precision": "fp16", "device": "cuda"}
+    assert start(configured(tmp_path / "whole", emoji, **settings, max_steps=7)) == 0
+    for last in (4, 7):
+        assert start(configured(tmp_path / "parts", emoji, **settings, max_steps=last, resume=True)) == 0
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "precision must be fp32 or bf16 but on CUDA; got 'fp16'"),
+        ({"micro_batches": 7}, "micro_batches must be at most batch_size, 6; got 7"),
+        ({"model": "chirodiff", "recompute": True}, "recompute must be off but for a U-Net; got True"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, emoji: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured(tmp_path, emoji, **changes)
