@@ -11,8 +11,15 @@ from torch import Tensor
 from sparse_kernels import Block, SparseConv2d, SparseLinear, Topology, _native, parse_pattern, testing
 from sparse_kernels.backends import ConvGeometry, densified
 from sparse_kernels.index import WeightIndex
+from sparse_kernels.patterns import Unstructured
 
 SHAPES = [(64, 128, 1), (37, 50, 1), (33, 70, 6)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float64),
+]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 native = pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
 
@@ -64,6 +71,40 @@ def test_tiles_are_the_values_of_a_full_weight(name: str, pattern: Block, shape:
         gathered = values.new_empty(values.shape)
         densified._copy("gather_blocks", index, densified._tiled(index), source, gathered)
     assert torch.equal(gathered, topology.gather(tiled.scatter(source)))
+
+
+@native
+@pytest.mark.parametrize("values_dtype,dense_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sides", [(64, 64), (64, 8), (32, 32), (1, 1)], ids=str)
+@pytest.mark.parametrize("out", [96, 70, 31])
+def test_copies_stay_in_the_tiles(
+    out: int, sides: tuple[int, int], values_dtype: torch.dtype, dense_dtype: torch.dtype
+) -> None:
+    """An odd number of rows of tiles under a block of two: nothing behind the tiles, or behind the values, is written."""
+    topology = Topology.full(out, 40, Block(*sides) if sides != (1, 1) else Unstructured(), taps=3)
+    index, values = topology.weight_index(), testing.random_values(topology).bfloat16().to(values_dtype)
+    tiled = Topology.full(out, 40, Block(32, 32), taps=3)
+    size = tiled.nnzb * 32 * 32
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        buffer = torch.full((size + 64 * 3 * 64,), -7.0, dtype=dense_dtype)
+        densified._copy("densify", index, densified._tiled(index), values, buffer)
+        tiles = buffer[:size].view(-1, 32, 32)
+        assert torch.equal(tiles, tiled.gather(topology.scatter(values).to(dense_dtype)))
+        assert (buffer[size:] == -7.0).all()
+        gathered = torch.full((values.numel() + 64 * 64,), -7.0, dtype=values_dtype)
+        densified._copy("gather_blocks", index, densified._tiled(index), tiles, gathered)
+        assert torch.equal(gathered[: values.numel()].view(values.shape), values)
+        assert (gathered[values.numel() :] == -7.0).all()
+
+
+@native
+def test_a_convolution_of_an_odd_number_of_tiles_under_blocks_of_two() -> None:
+    layer = SparseConv2d(128, 160, 3, pattern="block:64x64", sparsity=0.5)
+    layer.execution = "densified"
+    x = torch.randn(1, 128, 8, 8).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.conv2d(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def _tensors(index: WeightIndex) -> list[Tensor]:

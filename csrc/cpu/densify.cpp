@@ -51,7 +51,8 @@ public:
             const int64_t first = unit * unit_rows;
             // Whole rows are cleared by the thread that fills them, while they are in its cache.
             if (layout.tile && !single)
-                std::memset(at(first, 0, 0), 0, unit_rows * padded_width * sizeof(D));
+                std::memset(at(first, 0, 0), 0,
+                            (std::min(tiles_rows(), first + unit_rows) - first) * padded_width * sizeof(D));
             else if (!layout.tile && rows_are_whole && !single)
                 std::memset(at(first, 0, 0), 0, (std::min(w.out, first + unit_rows) - first) * width * sizeof(D));
             for (int64_t r = first / w.bh; r < (first + unit_rows) / w.bh; ++r) {
@@ -82,7 +83,8 @@ private:
         return dense + tile * kTileArea + o % kTile * kTile + c % kTile;
     }
 
-    // Calls visit(values, dense, columns inside) for every row of a block and every piece of it that lies together.
+    // Calls visit(values, dense, columns inside) for every row of a block and every piece of it that lies together;
+    // dense is null where nothing is inside.
     template <class Visit>
     void pieces(int64_t r, int64_t k, Visit visit) const {
         const uint32_t block = static_cast<uint32_t>(w.col[k]);
@@ -90,12 +92,16 @@ private:
         const int64_t tap = whole ? 0 : block / per_tap, col = (whole ? block : block % per_tap) * int64_t{BW};
         const int64_t down = layout.tile ? kTile : layout.out_stride;
         for (int64_t i = 0; i < w.bh; i += kTile) {
-            const int64_t o = r * w.bh + i, rows = std::min(w.bh - i, kTile), rows_inside = std::min(rows, w.out - o);
+            const int64_t o = r * w.bh + i, rows = std::min(w.bh - i, kTile);
             for (int64_t j = 0; j < BW; j += kPiece) {
                 const int64_t inside = whole ? kPiece : std::clamp<int64_t>(w.in - col - j, 0, kPiece);
+                const int64_t rows_inside = inside ? std::clamp<int64_t>(w.out - o, 0, rows) : 0;
                 V* v = values + (w.slot[k] * w.bh + i) * BW + j;
-                D* d = rows_inside > 0 && inside > 0 ? at(o, tap, col + j) : nullptr;
-                for (int64_t n = 0; n < rows; ++n, v += BW, d += down) visit(v, d, n < rows_inside ? inside : 0);
+                D* d = rows_inside ? at(o, tap, col + j) : nullptr;
+                for (int64_t n = 0; n < rows; ++n) {
+                    const bool real = n < rows_inside;
+                    visit(v + n * BW, real ? d + n * down : nullptr, real ? inside : 0);
+                }
             }
         }
     }
