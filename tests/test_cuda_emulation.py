@@ -290,13 +290,18 @@ def test_launchers_refuse_what_they_cannot_run() -> None:
 
 # ---- The emulation itself -------------------------------------------------------------------------------------------
 
-# A step of each kernel, and what the kernel becomes without it.
+# In product.cuh.
+WAIT = "                wait_copies_but(a.stages - 1);\n                sync_warp();\n"
+SKIP = "                if (shift < 0) continue;\n"
+# A step of each kernel, what the kernel becomes without it, and what says so.
+BUDGET, TWO_COPIES = "exceeds the budget", "two copies under way to one place"
 MUTATIONS = {
-    "a k-step of the product": ("product.cuh", "for (int k = 0; k < N; ++k) {", "for (int k = 1; k < N; ++k) {"),
-    "a k-step of the gradient": ("sddmm.cuh", "(int k = 0; k < positions;", "(int k = 16; k < positions;"),
-    "the wait for weights": ("product.cuh", "wait_copies_but(a.stages - 1);\n                sync", "sync"),
-    "the wait for pixels": ("sddmm.cuh", "wait_copies<1>();", "wait_copies<2>();"),
-    "the barrier of a round": ("sddmm.cuh", "            sync_block();\n        }\n", "        }\n"),
+    "a k-step of the product": ("product.cuh", "for (int k = 0; k < N; ++k) {", "for (int k = 1; k < N; ++k) {", BUDGET),
+    "a k-step of the gradient": ("sddmm.cuh", "(int k = 0; k < positions;", "(int k = 16; k < positions;", BUDGET),
+    "the wait for weights": ("product.cuh", f"{WAIT}{SKIP}", f"                sync_warp();\n{SKIP}", BUDGET),
+    "the wait for weights passed over": ("product.cuh", f"{WAIT}{SKIP}", f"{SKIP}{WAIT}", TWO_COPIES),
+    "the wait for pixels": ("sddmm.cuh", "wait_copies<1>();", "wait_copies<2>();", BUDGET),
+    "the barrier of a round": ("sddmm.cuh", "            sync_block();\n        }\n", "        }\n", BUDGET),
 }
 
 CHECK = """
@@ -313,6 +318,9 @@ for name in ("3x3", "stride 2"):
 with tests.configured(tests.ProductConfig(1, 4, 16, 4, 2, 2), tests.SddmmConfig(1, 4, 8, 2, 2)):
     tests.check_conv(backend, tests.topology_of(backend, "3x3", Block(32, 32)), tests.CASES["3x3"][0],
                      tests.image("3x3", torch.bfloat16))
+    # Taps that meet nothing in a phase are passed over.
+    tests.check_conv(backend, tests.topology_of(backend, "stride 2", Block(32, 32), "full"), tests.CASES["stride 2"][0],
+                     tests.image("stride 2", torch.bfloat16))
 """
 
 
@@ -326,7 +334,7 @@ def run_check(module: Path, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("what", MUTATIONS)
 def test_a_missing_step_turns_red(what: str, tmp_path: Path) -> None:
-    file, old, new = MUTATIONS[what]
+    file, old, new, message = MUTATIONS[what]
     for folder in ("csrc", "tests/emulation"):
         shutil.copytree(emulated_cuda.ROOT / folder, tmp_path / folder)
     path = tmp_path / "csrc" / "cuda" / file
@@ -334,7 +342,7 @@ def test_a_missing_step_turns_red(what: str, tmp_path: Path) -> None:
     assert text.count(old) == 1, f"{file} has changed: name the step anew"
     path.write_text(text.replace(old, new))
     result = run_check(emulated_cuda.build(tmp_path, flags=("-O1",)))
-    assert result.returncode != 0 and "exceeds the budget" in result.stderr, result.stderr
+    assert result.returncode != 0 and message in result.stderr, result.stderr
 
 
 def test_sanitizers_find_nothing() -> None:

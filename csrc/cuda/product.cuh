@@ -213,9 +213,10 @@ product_kernel(const SK_GRID_CONSTANT ProductArgs a) {
                 commit_copies();
                 ++steps;
                 const int column = here % per_chunk, shift = shifts[here / per_chunk % taps];
-                if (shift < 0) continue;
+                // Before the next step copies to where it lies, even an entry that is passed over must have arrived.
                 wait_copies_but(a.stages - 1);
                 sync_warp();
+                if (shift < 0) continue;
                 const unsigned char* weights = ring + next % a.stages * SIDE * SIDE * 2;
                 SK_UNROLL for (int k = 0; k < N; ++k) {
                     FragmentB b[N];

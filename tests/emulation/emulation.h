@@ -3,8 +3,9 @@
 // A block's fibers take turns at collectives: barriers, shuffles, ldmatrix, mma, with the fragment layouts of the PTX
 // manual; a collective that some thread never reaches ends the process with a message. What hardware leaves open is
 // made to show: shared memory starts as NaN; an asynchronous copy fills its destination with NaN when it is started and
-// is performed no earlier than the wait that guarantees it, so that a read before (or a write too early) gives NaN; and
-// the order of a block's threads is reversed in every other block.
+// is performed no earlier than the wait that guarantees it, so that a read before (or a write too early) gives NaN, and
+// no second copy may go to a place while one is under way; and the order of a block's threads is reversed in every other
+// block.
 #pragma once
 
 #include <cmath>
@@ -15,6 +16,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <unordered_set>
 #include <vector>
 
 #if !defined(SK_ARCH)
@@ -128,6 +130,7 @@ struct Block {
     Meeting all;
     std::vector<unsigned char> bytes;
     unsigned char* shared;
+    std::unordered_set<const void*> copied_to;  // where copies of any thread are under way to
     Context main;
     void* main_stack = nullptr;
     size_t main_size = 0;
@@ -193,6 +196,7 @@ inline void perform(std::vector<Copy>& group) {
     for (const Copy& copy : group) {
         std::memset(copy.to, 0, 16);
         if (copy.bytes) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+        running->copied_to.erase(copy.to);
     }
 }
 
@@ -219,6 +223,7 @@ inline unsigned char* stack_of(size_t fiber) {
 
 inline void run_block(Block& block) {
     running = &block;
+    block.copied_to.clear();
     for (int i = 0; i < block.threads; ++i) {
         Fiber& fiber = block.fibers[static_cast<size_t>(i)];
         fiber.done = false;
@@ -314,6 +319,7 @@ inline void copy_16_async(void* shared, const void* global, int bytes) {
     if (bytes < 0 || bytes > 16) emulation::fail("a 16-byte copy of another size");
     const emulation::Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes};
 #if SK_ARCH >= 800
+    if (!emulation::running->copied_to.insert(copy.to).second) emulation::fail("two copies under way to one place");
     std::memset(shared, 0xff, 16);
     emulation::fiber().open.push_back(copy);
 #else
