@@ -177,14 +177,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.costs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure anew")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:1]))
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--threads", type=int, nargs="+", help="default: 1 and 2, on a GPU 1")
     parser.add_argument("--isa", choices=list(DENSE_ISA), help="restrict ours and the dense libraries to it")
     parser.add_argument("--out", type=Path, help="default: the file of this kind of machine in the package")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--patterns", nargs="+", help="only these; the nearest stands for another")
     parser.add_argument("--rounds", type=int, default=3, help="of each form; the median counts")
     options = parser.parse_args(arguments)
+    on_gpu = options.device != "cpu"
+    options.dtypes = options.dtypes or [DTYPES[1] if on_gpu else DTYPES[0]]
+    options.threads = options.threads or ([1] if on_gpu else [1, 2])
     if options.isa:
         restrict(options.isa, sys.argv[1:] if arguments is None else arguments)
 

@@ -8,21 +8,24 @@ where they are, only accumulators change.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench.replay import event_ms
+from bench.replay import Replay, event_ms
 from bench.rows import machine
 
 HBM_BYTES, L2_BYTES = 2**31, 2**24
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def _best_ms(function: Callable[[], Any], count: int) -> float:
-    event_ms(function, count)
-    return min(event_ms(function, count) for _ in range(5))
+def _best_ms(function: Callable[[], Any], calls: int) -> float:
+    """Milliseconds of one call: the best of five replays of `calls` calls in one CUDA graph."""
+    replay = Replay(function, calls)
+    event_ms(replay, 2)
+    return min(event_ms(replay, 1) for _ in range(5)) / calls
 
 
 @functools.cache
@@ -63,23 +66,36 @@ def conv_tflops(batch: int, channels: int, side: int, kernel: int = 3) -> dict[s
         return {name: round(flops / (_best_ms(run, 10) * 1e9), 1) for name, run in passes.items()}
 
 
-def rates(batch: int, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Every ceiling, with the machine it was measured on; `shapes` are channels and side of convolutions."""
-    return {
-        "machine": machine("cuda"),
-        "copy GB/s": {"memory": copy_gbs(), "L2": copy_gbs(L2_BYTES)},
-        "product TFLOP/s": {
-            **{f"{dtype} 8192³": product_gflops(dtype) / 1e3 for dtype in DTYPES},
-            "bfloat16 4096³": product_gflops("bfloat16", 4096) / 1e3,
+def rates(batch: int, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
+    """Every ceiling by name, one after the other, or why it could not be measured; `shapes` are channels and side of
+    convolutions."""
+    yield "machine", machine("cuda")
+    ways: dict[str, Callable[[], Any]] = {
+        "copy in memory, GB/s": copy_gbs,
+        "copy in L2, GB/s": lambda: copy_gbs(L2_BYTES),
+        **{f"product 8192³ {dtype}, TFLOP/s": partial(_product_tflops, dtype, 8192) for dtype in DTYPES},
+        "product 4096³ bfloat16, TFLOP/s": partial(_product_tflops, "bfloat16", 4096),
+        **{
+            f"conv 3x3 N={batch} C={channels} {side}x{side} bfloat16, TFLOP/s": partial(
+                conv_tflops, batch, channels, side
+            )
+            for channels, side in shapes
         },
-        "conv 3x3 TFLOP/s": {f"N={batch} C={c} {side}x{side}": conv_tflops(batch, c, side) for c, side in shapes},
-        "tensor core TFLOP/s": _tensor_core_tflops(),
+        **{f"tensor cores at N={n}, TFLOP/s": partial(_tensor_core_tflops, n) for n in (32, 64, 128)},
     }
+    for name, way in ways.items():
+        try:
+            yield name, way()
+        # One that cannot be measured (memory, a missing package) must not cost the others.
+        except Exception as error:
+            yield name, f"not measured: {type(error).__name__}: {error}"
 
 
-def _tensor_core_tflops() -> dict[str, float] | str:
-    try:
-        from bench.tensor_core_rate import tensor_core_tflops
-    except ImportError as error:
-        return f"not measured: {error}"
-    return {f"N={n}": round(tensor_core_tflops(n), 1) for n in (32, 64, 128)}
+def _product_tflops(dtype: str, size: int) -> float:
+    return round(product_gflops(dtype, size) / 1e3, 1)
+
+
+def _tensor_core_tflops(n: int) -> float:
+    from bench.tensor_core_rate import tensor_core_tflops
+
+    return round(tensor_core_tflops(n), 1)

@@ -32,12 +32,14 @@ class Replay:
                 function()
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
+        stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(self.graph):
                 self._loop()
         # A peer that synchronises cannot be captured; it is timed as it can be.
         except Exception as error:
             self.graph, self.reason = None, f"{type(error).__name__}: {error}"
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own one current
             torch.cuda.synchronize()
 
     def _loop(self) -> None:

@@ -127,13 +127,14 @@ def stable_rival(rival: str) -> str:
 
 @functools.cache
 def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
+    """Of the working tree, or what `SPARSE_KERNELS_COMMIT` says where that is a copy without git."""
+    if given := os.environ.get("SPARSE_KERNELS_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 

@@ -3,8 +3,6 @@ again, every program on its own accumulators. On Hopper Triton emits `wgmma`, be
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +14,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @triton.jit
-def _multiply(
-    a_ptr: Any, b_ptr: Any, out_ptr: Any, rounds: int, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
-) -> None:
+def multiply(a_ptr, b_ptr, out_ptr, rounds, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """`rounds` products of one tile a by one tile b, summed."""
     rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + rows[:, None] * K + inner[None, :])
     b = tl.load(b_ptr + inner[:, None] * N + columns[None, :])
@@ -35,7 +32,7 @@ def tensor_core_tflops(n: int) -> float:
     out = torch.empty(count, M, n, device="cuda")
 
     def run() -> None:
-        _multiply[(count,)](a, b, out, ROUNDS, M=M, N=n, K=K, num_warps=WARPS)
+        multiply[(count,)](a, b, out, ROUNDS, M=M, N=n, K=K, num_warps=WARPS)
 
     event_ms(run, 3)
     return 2.0 * M * n * K * ROUNDS * count / (min(event_ms(run, 5) for _ in range(5)) * 1e9)

@@ -40,10 +40,11 @@ def _one_row(out: int, in_: int, pattern: Block, taps: int) -> Topology:
 def _random(out: int, in_: int, pattern: Block, taps: int) -> Topology:
     row_blocks, cols_per_tap = pattern.grid(out, in_)
     count = max(1, row_blocks * cols_per_tap * taps // 4)
-    topology = Topology.random(out, in_, pattern, count, taps=taps, generator=torch.Generator().manual_seed(0))
+    generator, device = torch.Generator().manual_seed(0), torch.get_default_device()
+    topology = Topology.random(out, in_, pattern, count, taps=taps, generator=generator, device=device)
     # Slots out of order, as after a regrow.
     rows, cols = topology.coords()
-    shuffle = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    shuffle = torch.randperm(count, generator=torch.Generator().manual_seed(1), device="cpu").to(device)
     return Topology(out, in_, pattern, rows[shuffle], cols[shuffle], taps=taps)
 
 
@@ -52,6 +53,7 @@ def _empty(out: int, in_: int, pattern: Block, taps: int) -> Topology:
     return Topology(out, in_, pattern, none, none, taps=taps)
 
 
+# On torch's default device, the same ones on each.
 TOPOLOGIES: dict[str, Callable[[int, int, Block, int], Topology]] = {
     "random": _random,
     "one_row": _one_row,
@@ -62,8 +64,8 @@ TOPOLOGIES: dict[str, Callable[[int, int, Block, int], Topology]] = {
 
 def random_values(topology: Topology, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Values `[nnzb, bh, bw]` of a normal dense weight, padding zero, scaled by the fan-in."""
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(topology.out, topology.taps * topology.in_, generator=generator, dtype=torch.float64)
+    shape, generator = (topology.out, topology.taps * topology.in_), torch.Generator().manual_seed(seed)
+    dense = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(topology.crow.device)
     return topology.gather(dense / (topology.taps * topology.in_) ** 0.5).to(dtype).contiguous()
 
 

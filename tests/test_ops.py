@@ -1,7 +1,12 @@
-"""Every op on every registered backend, pattern and dtype against dense torch in fp64; autograd, fakes, compile."""
+"""Every op on every registered backend, pattern and dtype against dense torch in fp64; autograd, fakes, compile.
+
+`SPARSE_KERNELS_TEST_DEVICE=cuda` runs them on a GPU.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,17 +20,26 @@ from sparse_kernels.activations import ACTIVATIONS
 
 BACKENDS = backends.names()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("SPARSE_KERNELS_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    """Tensors that name no device are made on the one under test."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 def require(backend: str, op: str, pattern: Block, dtype: torch.dtype) -> None:
-    reason = backends.why_not(backend, op, pattern=pattern, dtype=dtype, device=CPU)
+    reason = backends.why_not(backend, op, pattern=pattern, dtype=dtype, device=DEVICE)
     if reason:
         pytest.skip(f"{backend}: {reason}")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    return made.to(DEVICE, dtype)
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -379,7 +393,7 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.sparse_kernels.linear.default, arguments)
     torch.library.opcheck(torch.ops.sparse_kernels.linear_activated.default, (*arguments[:-1], "silu", False, backend))
 
-    if backends.why_not(backend, "conv", pattern=pattern, dtype=torch.float32, device=CPU) is None:
+    if backends.why_not(backend, "conv", pattern=pattern, dtype=torch.float32, device=DEVICE) is None:
         topology = topology_for("conv", backend, testing.TOPOLOGIES["random"](6, 5, pattern, 9))
         values = leaf(testing.random_values(topology))
         for x in (normal(2, 5, 4, 6), normal(2, 5, 4, 6).to(memory_format=torch.channels_last), normal(2, 5, 1, 1)):
@@ -389,7 +403,7 @@ def test_opcheck(backend: str) -> None:
             more = (*arguments[:-1], "gelu", False, backend)
             torch.library.opcheck(torch.ops.sparse_kernels.conv2d_activated.default, more)
 
-    if backends.why_not(backend, "gru", pattern=pattern, dtype=torch.float32, device=CPU) is None:
+    if backends.why_not(backend, "gru", pattern=pattern, dtype=torch.float32, device=DEVICE) is None:
         weights, topologies, biases = gru_case(backend, [pattern, None], 8, 5, 1, torch.float32)
         sparse = topologies[0]
         assert sparse is not None
@@ -441,7 +455,7 @@ def test_autocast(backend: str) -> None:
     require(backend, "linear", pattern, torch.float32)
     topology = topology_for("linear", backend, testing.TOPOLOGIES["random"](24, 32, pattern, 1))
     values, x = leaf(testing.random_values(topology)), leaf(normal(6, 32))
-    serves = backends.why_not(backend, "linear", pattern=pattern, dtype=torch.bfloat16, device=CPU) is None
+    serves = backends.why_not(backend, "linear", pattern=pattern, dtype=torch.bfloat16, device=DEVICE) is None
     with torch.autocast("cpu", torch.bfloat16):
         y = ops.linear(x, values, topology, backend=backend)
     assert y.dtype == (torch.bfloat16 if serves else torch.float32)
