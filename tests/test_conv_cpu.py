@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from sparse_kernels import SparseConv2d, _native, ops
 from sparse_kernels.activations import ACTIVATIONS
-from sparse_kernels.backends import ConvGeometry, get
+from sparse_kernels.backends import ConvGeometry, get, registry
 from sparse_kernels.patterns import Block, Unstructured
 from sparse_kernels.topology import Topology, WeightIndex
 
@@ -167,6 +167,27 @@ def test_slices(isa: str, pattern: Block, geometry: str, shape: tuple[int, int, 
         for what in got:
             assert torch.isfinite(got[what]).all()
             torch.testing.assert_close(got[what], want[what], rtol=1e-3, atol=1e-4 * float(want[what].abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 259), (1, 130, 132)], ids=str)
+@pytest.mark.parametrize("out", [128, 136])
+def test_large_results_past_the_caches(isa: str, out: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Of 4 MiB and more: image rows of odd and even lengths, whole row blocks and a ragged last one."""
+    conv, (n, h, w) = ConvGeometry((3, 3), padding=(1, 1)), shape
+    topology, values = make(Block(32, 32), out, 32, 9, 0.3)
+    x = image(n, 32, h, w, seed=1).to(dtype)
+    bias = torch.randn(out, generator=torch.Generator().manual_seed(3))
+    reason = registry.why_not("cpu", "conv", pattern=topology.pattern, dtype=dtype, device=x.device)
+    if reason is not None:
+        pytest.skip(reason)
+    y = ops.conv2d(x, values, topology, bias, conv=conv, backend="cpu")
+    assert y.nbytes >= 4 << 20
+    weight = weight_of(topology.scatter(values), conv, 32).to(dtype)
+    want = F.conv2d(x.float(), weight.float(), bias, conv.stride, conv.padding)
+    torch.testing.assert_close(
+        y.float(), want, **({"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-2})
+    )
 
 
 @pytest.mark.parametrize("pattern", SOME, ids=str)

@@ -123,15 +123,17 @@ static void list_blocks(const BlockIndex& w, bool transposed, const ConvProduct&
 // they have, and where a share begins or ends inside one, its positions are divided.
 static void direct_share(const ConvProduct& a, const Slice& s, const ProductSpace& space, int64_t positions,
                          int64_t thread, int64_t threads, float* scratch, float* planes) {
-    const int64_t tiles = ceil_div(positions, kRows), total = (a.ptr[a.n_blocks] + a.n_blocks) * tiles;
+    const int64_t tile = a.nb == VLEN ? kLargest<true> : kLargest<false>;
+    const int64_t tiles = ceil_div(positions, tile), total = (a.ptr[a.n_blocks] + a.n_blocks) * tiles;
+    Ahead none;
     const int64_t from = total * thread / threads, to = total * (thread + 1) / threads;
     for (int64_t r = 0; r < a.n_blocks; ++r) {
         const int64_t weight = a.ptr[r + 1] - a.ptr[r] + 1, start = (a.ptr[r] + r) * tiles;
         const int64_t first = smaller(tiles, ceil_div(larger(0, from - start), weight));
         const int64_t stop = smaller(tiles, ceil_div(larger(0, to - start), weight));
         if (first < stop)
-            direct_product(a, s, space.packed, space.x_at, space.y_at, r, first * kRows,
-                           smaller(positions, stop * kRows), scratch, planes);
+            direct_product(a, s, space.packed, space.x_at, space.y_at, r, first * tile, smaller(positions, stop * tile),
+                           scratch, planes, none);
     }
 }
 
@@ -145,6 +147,32 @@ static void prepare_product(const BlockIndex& w, bool transposed, ConvProduct& a
     a.weights = space.weights;
     const ImageStrides& d = a.dst_strides;
     a.dense = d.c == 1 && d.h == a.gather.w.grid * d.w && d.n == a.gather.h.grid * d.h;
+    // An activation reads y again at once.
+    a.past_caches = a.dense && a.epilogue.activation == kIdentity &&
+                    streams(a.dst, d.w, a.gather.images * a.gather.h.grid * a.gather.w.grid, a.n);
+}
+
+// The source of slice i, to be asked for while the one before is computed; nothing where its channels are planes.
+static Ahead source_of(const ConvProduct& a, int64_t i, int64_t slices) {
+    const GatherAxis& h = a.gather.h;
+    const ImageStrides& s = a.src_strides;
+    if (i >= slices || !a.direct || s.c != 1) return {};
+    const Slice next = slice_at(a.gather, a.slices, i);
+    const int64_t first = larger(0, next.u * h.step + h.low);
+    const int64_t rows = smaller(h.source, next.u * h.step + h.low + source_rows(h, next.rows)) - first;
+    if (rows <= 0 || (next.images > 1 && s.n != h.source * s.h)) return {};
+    const bool all = next.images > 1;  // whole images
+    Ahead ahead = ahead_of(a.src + next.n * s.n + (all ? 0 : first * s.h), s.h, all ? next.images * h.source : rows,
+                           (a.gather.w.source - 1) * s.w + a.k);
+    const int64_t positions = next.images * next.rows * a.gather.w.grid;
+    const bool pair = a.nb == VLEN;
+    const int64_t tiles = positions / (pair ? kLargest<true> : kLargest<false>);
+    // With every tile of a row block, or every block of a wide tile, as conv_tile asks.
+    spread_over(ahead, tiles * (pair ? a.n_blocks : a.ptr[a.n_blocks] * ceil_div(a.nb, 2 * VLEN)));
+    const int64_t steps = tiles * a.ptr[a.n_blocks] * a.kb * a.nb / (2 * VLEN);
+    // Where a line comes to less than 4 steps, what is asked for arrives no sooner than packing would fetch it.
+    if (ahead.rows * ceil_div(ahead.bytes, 64) * 4 > steps) ahead.rows = 0;
+    return ahead;
 }
 
 // Every row of source images of a slice.
@@ -198,15 +226,17 @@ static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, co
         } else {
             float* packed = space.packed + me * space.packed_floats;
             int64_t *x_at = space.x_at + me * space.place_floats, *y_at = space.y_at + me * space.place_floats;
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < p.image_parts * p.row_parts; ++i) {
+            const int64_t slices = p.image_parts * p.row_parts, team = omp_get_num_threads();
+            const int64_t stop = slices * (me + 1) / team;
+            for (int64_t i = slices * me / team; i < stop; ++i) {
                 const Slice s = slice_at(a.gather, p, i);
+                Ahead next = source_of(a, i + 1, stop);
                 const int64_t positions = s.images * s.rows * columns;
                 pack_slice(a.gather, p, s, a.src, a.src_strides, a.k, packed);
                 place_rows(a, s, 0, s.images * s.rows, x_at, y_at);
                 if (a.direct) {
                     for (int64_t r = 0; r < a.n_blocks; ++r)
-                        direct_product(a, s, packed, x_at, y_at, r, 0, positions, scratch, planes);
+                        direct_product(a, s, packed, x_at, y_at, r, 0, positions, scratch, planes, next);
                 }
 #if !defined(__AVX512BF16__)
                 else {
@@ -216,6 +246,7 @@ static void run_product(const BlockIndex& w, bool transposed, ConvProduct& a, co
 #endif
             }
         }
+        if (a.past_caches) end_stream();
     }
 }
 

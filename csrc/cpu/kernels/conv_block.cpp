@@ -192,13 +192,15 @@ static void backward(const BlockIndex& w, const ConvShape& c, const float* value
                 int64_t* x_at = b.space.x_at + me * b.space.place_floats;
                 int64_t* y_at = b.space.y_at + me * b.space.place_floats;
                 bool begun = false;
-                for (int64_t i = slices * part / p.parts; i < slices * (part + 1) / p.parts; ++i) {
+                const int64_t stop = slices * (part + 1) / p.parts;
+                for (int64_t i = slices * part / p.parts; i < stop; ++i) {
                     const Slice s = slice_at(a.gather, a.slices, i), owned = owned_rows(b, s);
+                    Ahead next = source_of(a, i + 1, stop);
                     pack_slice(a.gather, a.slices, s, dy, dy_strides, w.out, packed);
                     place_rows(a, s, 0, s.images * s.rows, x_at, y_at);
                     for (int64_t r = 0; r < a.n_blocks; ++r)
                         direct_product(a, s, packed, x_at, y_at, r, 0, s.images * s.rows * a.gather.w.grid, scratch,
-                                       planes);
+                                       planes, next);
                     for (int64_t line = 0; line < owned.images * owned.rows; ++line) {
                         place_line(w, b, s, owned, line, x_line, dy_line);
                         if (dbias) add_row(w, b, packed + dy_line[line], sums);
@@ -212,6 +214,7 @@ static void backward(const BlockIndex& w, const ConvShape& c, const float* value
             }
             add_partials(p, size, dvalues);
         }
+        if (a.past_caches) end_stream();
     }
     clear_padding(w, p.taps, dvalues);
     for (int64_t i = 0; dbias && i < w.out; ++i) {
