@@ -16,15 +16,12 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn import Plan, replan, sparsify
 from sparsediff import checkpoint as checkpoints
-from sparsediff.autoencoder import load_autoencoder
 from sparsediff.diffusion import SCHEDULES, Diffusion
-from sparsediff.images import draw_images, pixels
 from sparsediff.methods import METHODS
 from sparsediff.models import MODELS
 from sparsediff.models import unet as unets
 from sparsediff.presets import TrainConfig
 from sparsediff.rebuild import load_sparse
-from sparsediff.rendering import grid, image_grid, save_png
 from sparsediff.samplers import LengthDistribution, sample_drawings
 
 
@@ -266,63 +263,3 @@ def draw(
         for drawing in drawings:
             drawing[1:, :2] = np.diff(drawing[:, :2], axis=0)
     return drawings
-
-
-def sample_checkpoint(
-    checkpoint: Path,
-    *,
-    n: int,
-    out: Path,
-    seed: int = 0,
-    weights: str = "ema",
-    device: str = "cpu",
-    threads: int = 0,
-    autoencoder: Path | None = None,
-    **options: Any,
-) -> Path:
-    """The `sample` command: draws `n` drawings or images with the seeds seed … seed + n − 1 and saves them.
-
-    Args:
-        checkpoint: a checkpoint or a run's folder.
-        n: number of drawings.
-        out: a .png file; or an .npz file with points `[N, 3]` and offsets `[n + 1]` of drawings, or with images
-            `[n, H, W, 3]` uint8, or with latents `[n, C, h, w]` float32 where there is no autoencoder to decode them.
-        seed, weights, device, threads: see `load_model`; 0 threads is torch's choice.
-        autoencoder: folder of the autoencoder of latents; None: that of the run.
-        options: of `samplers.sample_drawings` or `images.draw_images`.
-
-    Returns:
-        `out`.
-    """
-    if n < 1:
-        raise ValueError(f"sample: n must be at least 1; got {n}.")
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"sample: out must end in .png (a picture) or .npz (the drawings); got {str(out)!r}.")
-    if threads:
-        torch.set_num_threads(threads)
-    run = load_model(checkpoint, weights=weights, device=device)
-    seeds = range(seed, seed + n)
-    arrays: dict[str, Any]
-    if run.lengths is None:
-        folder = autoencoder or run.first_stage
-        if run.latent and folder is None and out.suffix == ".png":
-            raise ValueError(
-                f"sample: {checkpoint} draws latents: give the folder of their autoencoder (--autoencoder), or an "
-                "--out that ends in .npz, which gets the latents."
-            )
-        stage = load_autoencoder(folder).to(device_of(device)) if run.latent and folder is not None else None
-        x = draw_images(run.model, run.diffusion, seeds, **options)
-        if run.latent and stage is None:
-            arrays = {"latents": x.numpy()}
-        else:
-            arrays = {"images": pixels(x, stage)}
-    else:
-        drawings = draw(run.model, run.diffusion, run.lengths, seeds, form=run.config.form, **options)
-        if out.suffix == ".png":
-            return save_png(grid(drawings), out)
-        arrays = {"points": np.concatenate(drawings), "offsets": np.cumsum([0, *map(len, drawings)])}
-    if out.suffix == ".png":
-        return save_png(image_grid(arrays["images"]), out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out, **arrays)
-    return out

@@ -46,7 +46,7 @@ class SampleConfig:
     """DDIM steps."""
     out: Path = Path("samples.png")
     """The picture (.png); a file that ends in .npz gets the drawings themselves (points [N, 3], offsets [n + 1]), or
-    the images ([n, H, W, 3])."""
+    the images ([n, H, W, 3]); a name without a suffix is a folder that gets a PNG for every sample."""
     autoencoder: Path | None = None
     """Folder of the autoencoder that decodes latents; that of the run if not given."""
     sampler: Literal["ddim", "ddpm"] = "ddim"
@@ -137,7 +137,7 @@ def train(args: Sequence[str]) -> int:
 def sample(args: Sequence[str]) -> int:
     """Draws samples from a checkpoint."""
     config = tyro.cli(SampleConfig, args=args, prog="sparsediff sample")
-    from sparsediff.build import sample_checkpoint
+    from sparsediff.sampling import sample_checkpoint
 
     print(sample_checkpoint(**dataclasses.asdict(config)))
     return 0

@@ -112,6 +112,9 @@ def test_sample_writes_pictures_and_drawings(tmp_path: Path, weights: str, capsy
     picture = tmp_path / "new" / "grid.png"
     assert cli.main(["sample", str(tmp_path / "run"), "--n", "4", "--out", str(picture), *options]) == 0
     assert picture.stat().st_size > 0 and str(picture) in capsys.readouterr().out
+    folder = tmp_path / "pictures"
+    assert cli.main(["sample", str(tmp_path / "run"), "--n", "2", "--seed", "3", "--out", str(folder), *options]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["00000003.png", "00000004.png", "samples.json"]
 
 
 def test_ctrl_c_outside_training_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

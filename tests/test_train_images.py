@@ -135,6 +135,26 @@ def test_the_command_trains_on_a_folder_and_samples(
     capsys.readouterr()
 
 
+def test_samples_as_a_folder(tmp_path: Path, emoji: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start(configured(tmp_path / "run", emoji, max_steps=1))
+    out = tmp_path / "samples"
+    args = ["sample", str(tmp_path / "run"), "--steps", "2", "--batch-size", "2", "--out", str(out), "--n"]
+    assert cli.main([*args, "3"]) == 0
+    names = [f"{seed:08d}.png" for seed in range(5)]
+    assert sorted(p.name for p in out.glob("*.png")) == names[:3]
+    drawn = (out / names[2]).stat().st_mtime_ns
+    (out / names[1]).unlink()  # as if it had been killed before
+    assert cli.main([*args, "5"]) == 0
+    assert sorted(p.name for p in out.glob("*.png")) == names
+    with Image.open(out / names[1]) as again:
+        assert again.size == (8, 8)
+    assert (out / names[2]).stat().st_mtime_ns == drawn
+    assert cli.main([*args, "5", "--weights", "model"]) == 1
+    assert "holds other files than samples of" in capsys.readouterr().err
+    assert cli.main([*args[:-2], str(emoji.parent), "--n", "1"]) == 1  # somebody else's folder
+    assert sorted(p.name for p in emoji.parent.iterdir()) == [emoji.name]
+
+
 def test_images_of_another_size_are_refused(tmp_path: Path, emoji: Path) -> None:
     with pytest.raises(DataError, match=r"takes 3x8x8; the images are 3x16x16: choose another --size"):
         start(configured(tmp_path, emoji, size=16))
