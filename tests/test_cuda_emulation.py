@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated_cuda
 import pytest
@@ -19,11 +20,12 @@ from emulated_cuda import EmulatedCuda
 from test_ops import check_linear, leaf, normal
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_kernels import Block, Topology, backends, ops, testing
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.backends import ConvGeometry
-from sparse_kernels.backends._cuda_config import ProductConfig, SddmmConfig, configured
+from sparse_kernels.backends._cuda_config import Device, ProductConfig, SddmmConfig, configured
 from sparse_kernels.backends._cuda_index import BUFFERS
 
 pytestmark = pytest.mark.skipif(emulated_cuda.CXX is None, reason="needs a C++ compiler")
@@ -139,6 +141,52 @@ def test_linear_takes_any_input() -> None:
     }
     for x in inputs.values():
         check_linear(backend.name, topology, x, values, None)
+
+
+def test_biases_and_values_of_any_strides() -> None:
+    backend, half = emulated_cuda.backend(), torch.bfloat16
+    index = attached(backend, testing.TOPOLOGIES["random"](48, 40, Block(16, 16), 1), "linear").weight_index(
+        "cuda-sm_80"
+    )
+    x, values = normal(7, 40, dtype=half), normal(index.nnzb, 16, 16, dtype=half, seed=2)
+    for bias in (normal(48, 2)[:, 1], normal(1).expand(48), normal(49)[1:], normal(48, dtype=half)):
+        assert torch.equal(backend.spmm(x, values, index, bias), backend.spmm(x, values, index, bias.float().clone()))
+    want, turned = backend.spmm(x, values, index), values.mT.contiguous().mT
+    assert torch.equal(backend.spmm(x, turned, index), want)
+    dy = normal(1, 1, dtype=half).expand(7, 48)  # what the backward of a sum hands on
+    assert torch.equal(backend.sddmm(dy, x, index), backend.sddmm(dy.contiguous(), x, index))
+    assert torch.equal(backend.block_scores(dy, x, index), backend.block_scores(dy.contiguous(), x, index))
+
+
+@pytest.mark.parametrize("positions,channels", [(16384, 1024), (4096, 4096)])
+def test_scores_stay_within_their_memory(positions: int, channels: int) -> None:
+    """Everything that a call allocates on an H200, its launch left out."""
+
+    class Sizes(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if not func.is_view and isinstance(result, Tensor):
+                self.total += result.nbytes
+            return result
+
+    class Unlaunched(EmulatedCuda):
+        def limits(self, device: torch.device) -> Device:
+            return Device(132, 227 << 10)
+
+        def library(self) -> SimpleNamespace:
+            module = self._module
+            return SimpleNamespace(**vars(module) | {"cuda_scores": lambda *arguments: launches.append(arguments) or 0})
+
+    launches: list[tuple[object, ...]] = []
+    backend = Unlaunched(emulated_cuda.build())
+    topology = attached(backend, testing.TOPOLOGIES["random"](channels, channels, Block(32, 32), 1), "linear")
+    index = topology.weight_index(backend.name)
+    x = torch.empty(positions, channels, dtype=torch.bfloat16)
+    with Sizes() as sizes:
+        backend.block_scores(x, x, index)
+    assert len(launches) == 1 and 0 < sizes.total <= 16 << 20
 
 
 @pytest.mark.parametrize("arch,dtype", KINDS[:1] + KINDS[2:], ids=str)
@@ -295,8 +343,9 @@ WAIT = "                wait_copies_but(a.stages - 1);\n                sync_war
 SKIP = "                if (shift < 0) continue;\n"
 # A step of each kernel, what the kernel becomes without it, and what says so.
 BUDGET, TWO_COPIES = "exceeds the budget", "two copies under way to one place"
+LOOP = "for (int k = 0; k < N; ++k) {"
 MUTATIONS = {
-    "a k-step of the product": ("product.cuh", "for (int k = 0; k < N; ++k) {", "for (int k = 1; k < N; ++k) {", BUDGET),
+    "a k-step of the product": ("product.cuh", LOOP, LOOP.replace("0", "1"), BUDGET),
     "a k-step of the gradient": ("sddmm.cuh", "(int k = 0; k < positions;", "(int k = 16; k < positions;", BUDGET),
     "the wait for weights": ("product.cuh", f"{WAIT}{SKIP}", f"                sync_warp();\n{SKIP}", BUDGET),
     "the wait for weights passed over": ("product.cuh", f"{WAIT}{SKIP}", f"{SKIP}{WAIT}", TWO_COPIES),

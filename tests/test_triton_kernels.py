@@ -140,6 +140,14 @@ def test_takes_any_strides(strides: str, name: str) -> None:
     check_all(p)
 
 
+def test_takes_biases_and_values_of_any_strides() -> None:
+    problem = Problem("one row", Block(32, 32), torch.float32)
+    want = _triton_launch.product(problem.x, problem.values, problem.index, problem.bias, None)[0]
+    bias, values = torch.stack([problem.bias, problem.bias + 1], 1)[:, 0], problem.values.mT.contiguous().mT
+    assert not bias.is_contiguous() and not values.is_contiguous()
+    assert torch.equal(_triton_launch.product(problem.x, values, problem.index, bias, None)[0], want)
+
+
 def test_takes_expanded_images() -> None:
     p = Problem("3x3", Block(16, 16), torch.float32)
     p.x = p.x[:1].expand_as(p.x)

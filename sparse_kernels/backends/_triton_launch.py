@@ -83,6 +83,7 @@ def product(
     line, inner = (index.bw, index.bh) if transposed else (index.bh, index.bw)
     outputs = index.in_ if transposed else index.out
     images = _images(x, conv)
+    values, bias = values.contiguous(), None if bias is None else bias.contiguous()
     if conv is None:
         size = None
         positions, height, width = x.shape[0], 1, 1

@@ -19,13 +19,13 @@ from ..activations import ACTIVATIONS
 from ..patterns import Block
 from ..topology import Deriver, WeightIndex
 from ._cuda_config import ConvSizes, Device, product_config, sddmm_config
-from ._cuda_index import ChunksDeriver, orientation
+from ._cuda_index import ChunksDeriver, Orientation, orientation
 from .registry import Backend, ConvGeometry, register
 
 SIDES = (16, 32, 64)
 # Numbers of CudaDtype in csrc/api.h, and the compute capability that each takes.
 DTYPES = {torch.float16: (0, (7, 0)), torch.bfloat16: (1, (8, 0))}
-# Of the panels of gradients that block_scores makes, at most.
+# Of all that block_scores allocates, at most: panels of gradients and the scores.
 SCORE_BYTES = 16 << 20
 
 
@@ -147,9 +147,9 @@ class CudaBackend(Backend):
     def block_scores(self, dy: Tensor, x: Tensor, index: WeightIndex, conv: ConvGeometry | None = None) -> Tensor:
         forward = orientation(index, False)
         shape = (forward.rows, index.taps, forward.columns)
-        scores = torch.empty(shape, dtype=torch.float32, device=x.device)
         if x.numel() == 0 or dy.numel() == 0:
-            return scores.new_zeros(index.row_blocks, index.col_blocks)
+            return torch.zeros(index.row_blocks, index.col_blocks, device=x.device)
+        scores = torch.empty(shape, dtype=torch.float32, device=x.device)
         source, result, sizes = _image(x), _image(dy), _sizes(x, index, conv)
         where, native = self._index(index, False), self.library()
         config = sddmm_config(
@@ -157,11 +157,12 @@ class CudaBackend(Backend):
             lambda c: native.cuda_sddmm_shared_bytes(where, sizes, c),
         )  # fmt: skip
         least = functools.partial(native.cuda_scores_workspace_bytes, where, sizes)
-        while config.splits > 1 and least(config, forward.columns) > SCORE_BYTES:
+        room = max(0, SCORE_BYTES - _results_bytes(index, forward))
+        while config.splits > 1 and least(config, forward.columns) > room:
             config = config._replace(splits=config.splits // 2)
         group = least(config, forward.columns)
         groups = -(-forward.rows // config.rows)
-        space = _workspace(x, group * min(groups, SCORE_BYTES // group) if group else 0)
+        space = _workspace(x, group * min(groups, room // group) if group else 0)
         with self.current(x.device):
             status = native.cuda_scores(
                 where, sizes, config, forward.columns, DTYPES[x.dtype][0], result.data_ptr(), _strides(result),
@@ -206,7 +207,7 @@ class CudaBackend(Backend):
         )  # fmt: skip
         space = _workspace(source, native.cuda_product_workspace_bytes(where, sizes, transposed, config))
         weights = _aligned(values.to(source.dtype))
-        offset = None if bias is None else bias.float()
+        offset = None if bias is None else bias.float().contiguous()
         with self.current(source.device):
             status = native.cuda_product(
                 where, sizes, transposed, config, DTYPES[source.dtype][0], weights.data_ptr(), image.data_ptr(),
@@ -276,8 +277,14 @@ def _workspace(x: Tensor, size_bytes: int) -> Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device=x.device)
 
 
+def _results_bytes(index: WeightIndex, forward: Orientation) -> int:
+    """What `block_scores` allocates for results: the scores of sub-blocks and, summed from them, of blocks."""
+    return 4 * (forward.rows * index.taps * forward.columns + index.row_blocks * index.col_blocks)
+
+
 def _aligned(values: Tensor) -> Tensor:
-    """Kernels copy weights 16 bytes at a time."""
+    """Values side by side: kernels copy them 16 bytes at a time."""
+    values = values.contiguous()
     return values if values.data_ptr() % 16 == 0 else values.clone()
 
 

@@ -4,8 +4,8 @@
 // manual; a collective that some thread never reaches ends the process with a message. What hardware leaves open is
 // made to show: shared memory starts as NaN; an asynchronous copy fills its destination with NaN when it is started and
 // is performed no earlier than the wait that guarantees it, so that a read before (or a write too early) gives NaN, and
-// no second copy may go to a place while one is under way; and the order of a block's threads is reversed in every other
-// block.
+// no second copy may go to a place while one is under way; and the order of a block's threads is reversed in every
+// other block.
 #pragma once
 
 #include <cmath>
