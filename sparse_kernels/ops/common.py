@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..activations import ACTIVATIONS
@@ -78,11 +80,19 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
         The op's overload, to be called.
     """
     name = schema.partition("(")[0]
+
+    @functools.wraps(kernel)
+    def below(*arguments: Any) -> Any:
+        # Views that a kernel returns are of buffers that nobody else has: marked as views, they could not be modified
+        # in place after a `torch.autograd.Function`.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return kernel(*arguments)
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, below, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.sparse_kernels, name).default
-    _KERNELS[op] = kernel
+    _KERNELS[op] = below
     return op
 
 
@@ -90,8 +100,8 @@ def register_autograd(op: Any, apply: Callable[..., Any]) -> None:
     """Registers the autograd kernel of an op.
 
     Args:
-        apply: called as `apply(forward, *arguments)` where a gradient is wanted; `forward(*arguments)` runs the op
-            below autograd. It goes through a `torch.autograd.Function`.
+        apply: called as `apply(forward, *arguments)` where a gradient may be wanted; `forward(*arguments)` runs the op
+            below autograd. It goes through a `torch.autograd.Function`, which refuses forward-mode AD.
     """
 
     def kernel(keys: Any, *arguments: Any) -> Any:
@@ -104,7 +114,8 @@ def register_autograd(op: Any, apply: Callable[..., Any]) -> None:
         return autograd(forward, *arguments)
 
     def autograd(forward: Callable[..., Any], *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if wanted or forward_ad._current_level >= 0:  # inside a dual level any argument may have a tangent
             return apply(forward, *arguments)
         return forward(*arguments)
 
@@ -118,28 +129,35 @@ def call(op: Any, x: Tensor, values: Tensor, *arguments: Any) -> Any:
     A product leaves the caches to its operands, and what the interpreter and the dispatcher touch comes from memory
     again: two crossings a step were 5 % of it at 1024 x 1024, S = 0.9 (one thread of a Zen 5).
     """
-    if torch.compiler.is_compiling() or not (_ordinary(x) and type(values) in _TYPES):
-        return op(x, values, *arguments)
-    if torch.is_autocast_enabled(x.device.type) or torch._C._len_torch_function_stack():
+    if not _ordinary(x, values, *arguments) or torch.is_autocast_enabled(x.device.type):
         return op(x, values, *arguments)
     return _AUTOGRAD[op](_KERNELS[op], x, values, *arguments)
 
 
-def call_backward(op: Any, dy: Tensor, *arguments: Any) -> Any:
-    """`op(dy, *arguments)` for the op of a backward, as `call`."""
-    return _KERNELS[op](dy, *arguments) if _ordinary(dy) else op(dy, *arguments)
+def call_backward(op: Any, *arguments: Any) -> Any:
+    """`op(*arguments)` for the op of a backward, as `call`."""
+    return _KERNELS[op](*arguments) if _ordinary(*arguments) else op(*arguments)
 
 
-def _ordinary(tensor: Tensor) -> bool:
-    """Whether the dispatcher has only autograd and the kernel for an op on this: no subclass, no mode, no transform,
-    no profiler that waits for it."""
-    return (
-        type(tensor) in _TYPES
-        and (torch._C._dispatch_keys(tensor) & _BELOW).raw_repr() in _PLAIN
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
-    )
+def _ordinary(*arguments: Any) -> bool:
+    """Whether the dispatcher has only autograd and the kernel for an op on these: no compiler or tracer that records
+    it, no mode, no transform, no profiler that waits for it, no subclass among the tensors (those in lists, which are a
+    topology's index, are not looked at)."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and not (
+            type(tensor) in _TYPES and (torch._C._dispatch_keys(tensor) & _BELOW).raw_repr() in _PLAIN
+        ):
+            return False
+    return True
 
 
 def register_autocast(op: Any, kind: str, pattern_of: Callable[..., Block]) -> None:
