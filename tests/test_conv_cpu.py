@@ -143,8 +143,8 @@ def test_empty_rows_and_full_topologies(isa: str, pattern: Block, density: float
     assert_close(run(*case["operands"]), case)
 
 
-# More than a shared slice holds: slices of rows, of images, and a thread's own gradient.
-@pytest.mark.parametrize("shape", [(2, 96, 64, 70, 62), (40, 70, 32, 19, 20)], ids=str)
+# More than a shared slice holds: slices of rows, of images, one row that threads share, and a thread's own gradient.
+@pytest.mark.parametrize("shape", [(2, 96, 64, 70, 62), (40, 70, 32, 19, 20), (1, 40, 32, 1, 4600)], ids=str)
 @pytest.mark.parametrize("geometry", ["3x3", "stride 2", "1x1"])
 @pytest.mark.parametrize("pattern", [Block(32, 32), Block(16, 16), Block(8, 8), Block(1, 16)], ids=str)
 def test_slices(isa: str, pattern: Block, geometry: str, shape: tuple[int, int, int, int, int]) -> None:

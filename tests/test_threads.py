@@ -131,6 +131,42 @@ def test_the_openmp_runtime_is_torchs_and_so_are_its_threads() -> None:
     assert after - pool <= 1 + 2, (alone, pool, after)
 
 
+SHARES = """
+import threading, torch, sparse_kernels as sk
+from pathlib import Path
+
+def spent():
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+torch.set_num_threads(2)
+for channels, length, kernel in ((256, 2048, 1), (64, 9000, 3)):
+    layer = sk.SparseConv1d(channels, channels, kernel, pattern="block:32x32", sparsity=0.75)
+    layer.execution = "cpu"
+    x = torch.randn(1, channels, length)
+    with torch.no_grad():
+        layer(x)
+        before = spent()
+        for _ in range(20):
+            layer(x)
+        after = spent()
+    times = {task: time - before.get(task, 0) for task, time in after.items()}
+    own = times.pop(threading.get_native_id())
+    print(max(times.values(), default=0) / own)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="reads /proc, which only Linux has")
+@pytest.mark.skipif(_native.why_unavailable() is not None, reason=str(_native.why_unavailable()))
+def test_threads_share_an_image_of_one_row() -> None:
+    """A conv1d of batch 1 has no rows to divide; waiting threads sleep, so that their time is what they computed."""
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    out = subprocess.run(
+        [sys.executable, "-c", SHARES], capture_output=True, text=True, check=True, env=environment
+    ).stdout.split()
+    assert len(out) == 2 and all(float(share) > 0.2 for share in out), out
+
+
 class Small(nn.Module):
     """A convolution, a GRU and two linear layers."""
 

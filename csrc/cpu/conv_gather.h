@@ -97,7 +97,9 @@ static SlicePlan plan_slices(const Gather& g, int64_t channels, int64_t side, in
     // weights, every thread reads its part of them and all weights (672 channels, 16 x 16, S=.9: 1.2 instead of 1.5
     // ms).
     const bool few = g.h.kernel * g.w.kernel == 1 && g.images * image_bytes > larger(4 * weight_floats, kConvL2Bytes);
-    p.shared = !few && g.images * image_bytes <= kConvSharedBytes && g.images * pixels <= kConvPositions;
+    // Slices are cut between grid rows: of fewer rows than threads some would have none.
+    const bool narrow = g.images * g.h.grid < threads;
+    p.shared = narrow || (!few && g.images * image_bytes <= kConvSharedBytes && g.images * pixels <= kConvPositions);
     p.images = g.images, p.rows = g.h.grid;
     if (!p.shared) {
         const int64_t limit = smaller(kConvSliceBytes / image_bytes, kConvPositions / larger(1, pixels));
