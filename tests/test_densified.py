@@ -80,7 +80,7 @@ def test_tiles_are_the_values_of_a_full_weight(name: str, pattern: Block, shape:
 def test_copies_stay_in_the_tiles(
     out: int, sides: tuple[int, int], values_dtype: torch.dtype, dense_dtype: torch.dtype
 ) -> None:
-    """An odd number of rows of tiles under a block of two: nothing behind the tiles, or behind the values, is written."""
+    """An odd number of tiles under blocks of two: nothing behind the tiles, or behind the values, is written."""
     topology = Topology.full(out, 40, Block(*sides) if sides != (1, 1) else Unstructured(), taps=3)
     index, values = topology.weight_index(), testing.random_values(topology).bfloat16().to(values_dtype)
     tiled = Topology.full(out, 40, Block(32, 32), taps=3)
