@@ -40,17 +40,14 @@ def load_items(config: TrainConfig, autoencoder: Any = None) -> ImageData | Late
         autoencoder: that latents must have been made with; None: any.
 
     Raises:
-        DataError: images are missing or cannot be used, or are of another size than the U-Net takes.
+        DataError: images are missing or cannot be used.
         LatentsError: the latents are missing, damaged, or others.
     """
-    data: ImageData | LatentData
     if config.latents is not None:
-        data = open_latents(config.latents, autoencoder=autoencoder, flip=config.flip)
-    else:
-        options = {name: getattr(config, name) for name in OPTIONS}
-        choice = "refuse" if config.on_bad == "error" else config.on_bad
-        data = load_images(config.dataset, path=config.data, threads=config.threads, on_bad_image=choice, **options)
-    return data
+        return open_latents(config.latents, autoencoder=autoencoder, flip=config.flip)
+    options = {name: getattr(config, name) for name in OPTIONS}
+    choice = "refuse" if config.on_bad == "error" else config.on_bad
+    return load_images(config.dataset, path=config.data, threads=config.threads, on_bad_image=choice, **options)
 
 
 def check_size(model: Any, shape: Sequence[int], config: TrainConfig) -> None:

@@ -96,7 +96,8 @@ class Run:
             self.autoencoder.to(self.device)
         if self.encodes:
             self.fingerprint |= {"autoencoder": fingerprint(self.autoencoder)["sha256"]}
-        self.provenance = dict(data.meta if isinstance(data, LatentData) else data.provenance)
+        origin = data.meta if isinstance(data, LatentData) else data.provenance
+        self.provenance = {key: value for key, value in origin.items() if key != "blocks"}  # a checksum each
         self.total_steps = config.epochs * len(self.batches)
         self.parts = min(config.micro_batches, self.batches.batch_size)
 

@@ -198,6 +198,7 @@ def test_latents_without_their_autoencoder_are_kept_as_they_are(
     run = str(tmp_path / "run")
     assert start(configured(Path(run), emoji, size=None, latents=str(tmp_path / "latents"), max_steps=1)) == 0
     assert cli.main(["sample", run, "--n", "2", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 1
+    assert "blocks" not in checkpoint.load(Path(run)).state["provenance"]
     assert "draws latents: give the folder of their autoencoder (--autoencoder)" in capsys.readouterr().err
     sample = ["sample", run, "--n", "2", "--steps", "2", "--out", str(tmp_path / "a.npz")]
     assert cli.main(sample) == 0
