@@ -120,7 +120,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-each_activation = pytest.mark.parametrize("activation", [None, "silu"])
+each_activation = pytest.mark.parametrize("activation", [None, "gelu"])
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_pattern = pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 8), Block(16, 16)], ids=str)
 

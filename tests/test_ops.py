@@ -159,7 +159,7 @@ def test_linear_with_an_activation(backend: str, pattern: Block, activation: str
     if dtype == torch.float32:
         with torch.no_grad():
             again = ops.linear(x, values, topology, bias, activation=activation, backend=backend)
-        assert torch.equal(again, results["actual"]["y"])
+        testing.assert_within_budget(again, results["expected"]["y"], results["dense"]["y"], "without a gradient")
 
 
 CONVOLUTIONS = {
@@ -246,7 +246,8 @@ def test_conv2d_with_an_activation(
     if dtype == torch.float32:
         with torch.no_grad():
             again = ops.conv2d(x, values, topology, bias, conv=conv, activation=activation, backend=backend)
-        assert torch.equal(again, results["actual"]["y"])
+        expected, dense = results["expected"]["y"], results["dense"]["y"]
+        testing.assert_within_budget(again, expected, dense, "without a gradient", roundings=2)
 
 
 def gru_case(

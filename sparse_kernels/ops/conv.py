@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import check_activation
+from ..activations import ACTIVATIONS, check_activation
 from ..backends import registry
 from ..backends.reference import memory_format
 from ..backends.registry import ConvGeometry
@@ -29,6 +29,7 @@ from .common import (
     check_values,
     define,
     empty,
+    follows,
     register_autocast,
     register_autograd,
     returned,
@@ -244,4 +245,6 @@ def conv2d(
     where = topology.index(backend), topology.shape, _flatten(conv)
     if activation is None:
         return call(_conv2d, x, values, bias, score_tap, *where, backend)
+    if follows(activation, topology, x, values, bias, score_tap):
+        return ACTIVATIONS[activation].forward(call(_conv2d, x, values, bias, score_tap, *where, backend))
     return call(_conv2d_activated, x, values, bias, score_tap, *where, activation, False, backend)[0]

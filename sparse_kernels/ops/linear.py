@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..activations import check_activation
+from ..activations import ACTIVATIONS, check_activation
 from ..backends import registry
 from ..patterns import Block, block
 from ..topology import Topology, WeightIndex
@@ -25,6 +25,7 @@ from .common import (
     check_values,
     define,
     empty,
+    follows,
     register_autocast,
     register_autograd,
     returned,
@@ -172,7 +173,8 @@ def linear(
         x: `[..., in]`, floating point; its dtype is the compute dtype.
         values: `[nnzb, bh, bw]` contiguous, normally fp32. topology: the index set of the weight `[out, in]`.
         bias: `[out]` or None.
-        activation: None, `"relu"`, `"silu"`, `"gelu"` or `"gelu_tanh"`, applied to the result while it is close.
+        activation: None, `"relu"`, `"silu"`, `"gelu"` or `"gelu_tanh"`, applied to the result while it is close, or
+            by torch where that is quicker.
         score_tap: a zero leaf `[row_blocks, col_blocks]`; its gradient becomes the squared Frobenius norm of every
             block of the dense weight gradient (a growth score, not a derivative).
         backend: name of the backend that runs it.
@@ -196,4 +198,6 @@ def linear(
     where = topology.index(backend), topology.shape
     if activation is None:
         return call(_linear, x, values, bias, score_tap, *where, backend)
+    if follows(activation, topology, x, values, bias, score_tap):
+        return ACTIVATIONS[activation].forward(call(_linear, x, values, bias, score_tap, *where, backend))
     return call(_linear_activated, x, values, bias, score_tap, *where, activation, False, backend)[0]
