@@ -48,6 +48,7 @@ struct Axis {
     SK_BOTH int result(int position) const { return transposed ? position * stride + phase : position; }
     // The least offset of a tap that meets, and the span of all.
     SK_BOTH int first() const {
+        if (!transposed) return -pad;
         int least = 1 << 30;
         for (int tap = 0; tap < kernel; ++tap)
             if (meets(tap) && offset(tap) < least) least = offset(tap);
@@ -129,6 +130,8 @@ struct Rows {
     SK_BOTH int at(int row, int segment) const { return row * pitch + 16 * (segment ^ ((row >> shift) & mask)); }
 };
 
+SK_DEVICE int clamp_segment(int left) { return left < 0 ? 0 : left > 8 ? 8 : left; }
+
 // Copies up to eight elements, the rest zero: at once where their address may not be a multiple of 16 bytes.
 SK_DEVICE void copy_segment(void* shared, const uint16_t* source, int elements, bool aligned) {
     if (aligned) {
@@ -143,6 +146,24 @@ SK_DEVICE void copy_segment(void* shared, const uint16_t* source, int elements, 
     }
 }
 
+// Copies `count` rows of `segments` segments by the whole block, row r from base + from[r], zeros where that is
+// negative and past the first `channels`. A thread keeps to its segment, so that nothing but rows is left to count; up
+// to segments - 1 threads stand by.
+SK_DEVICE void copy_rows(unsigned char* to, const Rows& placed, const uint16_t* base, const int64_t* from, int count,
+                         int segments, int channels, bool aligned) {
+    const int width = segments < block_threads() ? segments : block_threads(), down = block_threads() / width;
+    if (thread_index() >= width * down) return;
+    for (int segment = thread_index() % width; segment < segments; segment += width) {
+        const int real = clamp_segment(channels - 8 * segment);
+        const uint16_t* source = base + (real ? 8 * segment : 0);
+        for (int row = thread_index() / width; row < count; row += down) {
+            const int64_t offset = from[row];
+            copy_segment(to + placed.at(row, segment), source + (offset < 0 ? 0 : offset), offset < 0 ? 0 : real,
+                         aligned);
+        }
+    }
+}
+
 // Waits until at most `count` groups of copies, 3 at most, are under way; the instruction takes a constant.
 SK_DEVICE void wait_copies_but(int count) {
     if (count <= 0)
@@ -154,7 +175,5 @@ SK_DEVICE void wait_copies_but(int count) {
     else
         wait_copies<3>();
 }
-
-SK_DEVICE int clamp_segment(int left) { return left < 0 ? 0 : left > 8 ? 8 : left; }
 
 }  // namespace sk::gpu

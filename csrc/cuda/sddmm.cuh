@@ -42,11 +42,13 @@ struct SddmmArgs {
 };
 
 struct SddmmLayout {
-    int pixels, shifts, region_bytes, stage_bytes, stages, total;
+    int sources, dy_sources, pixels, shifts, region_bytes, stage_bytes, stages, total;
 
     SK_BOTH SddmmLayout(const SddmmArgs& a, int side) {
         const Gather& g = a.gather;
-        pixels = 0;
+        sources = 0;
+        dy_sources = sources + 2 * 8 * g.region();
+        pixels = dy_sources + 2 * 8 * g.positions();
         shifts = pixels + 4 * g.positions();
         stages = (shifts + 4 * g.taps() + 127) / 128 * 128;
         region_bytes = (g.region() * a.chunk * 2 + 127) / 128 * 128;
@@ -70,6 +72,8 @@ sddmm_kernel(const SK_GRID_CONSTANT SddmmArgs a) {
         const Gather& g = a.gather;
         const SddmmLayout layout(a, SIDE);
         unsigned char* shared = shared_memory();
+        auto* sources = reinterpret_cast<int64_t*>(shared + layout.sources);
+        auto* dy_sources = reinterpret_cast<int64_t*>(shared + layout.dy_sources);
         auto* pixels = reinterpret_cast<int32_t*>(shared + layout.pixels);
         auto* shifts = reinterpret_cast<int32_t*>(shared + layout.shifts);
 
@@ -78,7 +82,8 @@ sddmm_kernel(const SK_GRID_CONSTANT SddmmArgs a) {
         const int first_row = a.first_row + block_x() / a.chunks * a.rows_n;
         const int rows = first_row + a.rows_n <= a.rows ? a.rows_n : a.rows - first_row;
         const int taps = g.taps(), positions = g.positions(), per_chunk = a.chunk / SIDE;
-        const Axis v = vertical(g, 0), u = horizontal(g, 0);
+        Axis v = vertical(g, 0), u = horizontal(g, 0);
+        v.transposed = u.transposed = 0;  // known to the compiler
 
         // This pass's run of the group's sub-blocks, and this warp's run of that.
         const auto count_in = [&](int r) {
@@ -116,33 +121,32 @@ sddmm_kernel(const SK_GRID_CONSTANT SddmmArgs a) {
 
         for (int m = thread; m < positions; m += block_threads()) pixels[m] = region_pixel(g, v, u, m);
         for (int tap = thread; tap < taps; tap += block_threads()) shifts[tap] = tap_shift(g, v, u, tap);
-        sync_block();
 
         const Rows x_rows(2 * a.chunk), dy_rows(a.rows_n * SIDE * 2);
         const int rounds = g.rounds();
         const int first_unit = static_cast<int>(int64_t{g.tiles()} * split / a.splits) * rounds;
         const int last_unit = static_cast<int>(int64_t{g.tiles()} * (split + 1) / a.splits) * rounds;
-        const auto start_unit = [&](int unit) {
-            unsigned char* stage = shared + layout.stages + (unit & 1) * layout.stage_bytes;
+        // Where the pixels of a unit lie, once a pixel: the copies, one a segment, are most of what the warps issue.
+        const auto find_unit = [&](int unit) {
             const Tile tile = tile_at(g, unit / rounds);
-            const int segments = a.chunk / 8, dy_segments = a.rows_n * SIDE / 8;
-            for (int i = thread; i < g.region() * segments; i += block_threads()) {
-                const int pixel = i / segments, segment = i % segments, channel = chunk * a.chunk + 8 * segment;
-                const int64_t offset = source_offset(g, v, u, tile, unit % rounds, pixel);
-                const int elements = offset < 0 ? 0 : clamp_segment(a.source_channels - channel);
-                copy_segment(stage + x_rows.at(pixel, segment), elements ? a.x + offset + channel : a.x, elements,
-                             a.aligned);
-            }
-            for (int i = thread; i < positions * dy_segments; i += block_threads()) {
-                const int m = i / dy_segments, segment = i % dy_segments, channel = first_row * SIDE + 8 * segment;
+            int64_t* to = sources + (unit & 1) * g.region();
+            for (int q = thread; q < g.region(); q += block_threads())
+                to[q] = source_offset(g, v, u, tile, unit % rounds, q);
+            to = dy_sources + (unit & 1) * positions;
+            for (int m = thread; m < positions; m += block_threads()) {
                 const int row = m / g.tile_w;
                 const int n = tile.n + row / g.tile_h, h = tile.h + row % g.tile_h, w = tile.w + m % g.tile_w;
                 const bool inside = n < g.batch && h < g.result_h && w < g.result_w;
-                const int elements = inside ? clamp_segment(a.result_channels - channel) : 0;
-                const int64_t offset = n * a.dy_n_stride + h * a.dy_h_stride + w * a.dy_w_stride + channel;
-                copy_segment(stage + layout.region_bytes + dy_rows.at(m, segment), elements ? a.dy + offset : a.dy,
-                             elements, a.aligned);
+                to[m] = inside ? n * a.dy_n_stride + h * a.dy_h_stride + w * a.dy_w_stride : -1;
             }
+        };
+        const auto start_unit = [&](int unit) {
+            unsigned char* stage = shared + layout.stages + (unit & 1) * layout.stage_bytes;
+            const int channel = chunk * a.chunk, dy_channel = first_row * SIDE;
+            copy_rows(stage, x_rows, a.x + channel, sources + (unit & 1) * g.region(), g.region(), a.chunk / 8,
+                      a.source_channels - channel, a.aligned);
+            copy_rows(stage + layout.region_bytes, dy_rows, a.dy + dy_channel, dy_sources + (unit & 1) * positions,
+                      positions, a.rows_n * SIDE / 8, a.result_channels - dy_channel, a.aligned);
         };
 
         Accumulator sums[BLOCKS][N][N];
@@ -150,18 +154,20 @@ sddmm_kernel(const SK_GRID_CONSTANT SddmmArgs a) {
             SK_UNROLL for (int n = 0; n < N; ++n) sums[b][m][n]
                 .clear();
 
-        if (first_unit < last_unit) start_unit(first_unit);
-        commit_copies();
-        for (int unit = first_unit; unit < last_unit; ++unit) {
-            if (unit + 1 < last_unit) start_unit(unit + 1);
+        // Found two units ahead, copied one ahead. What find_unit overwrites was read before the last barrier.
+        for (int unit = first_unit - 2; unit < last_unit; ++unit) {
+            if (unit + 1 >= first_unit && unit + 1 < last_unit) start_unit(unit + 1);
             commit_copies();
+            if (unit + 2 < last_unit) find_unit(unit + 2);
             wait_copies<1>();
             sync_block();
+            if (unit < first_unit) continue;
             const unsigned char* stage = shared + layout.stages + (unit & 1) * layout.stage_bytes;
+            const int tap = unit % rounds;  // where taps go one by one
             for (int k = 0; k < positions; k += 16) {
                 FragmentA<true> dy[N];
                 SK_UNROLL for (int b = 0; b < BLOCKS; ++b) {
-                    if (b >= held || (g.per_tap && tap_of[b] != unit % rounds)) continue;
+                    if (b >= held || (g.per_tap && tap_of[b] != tap)) continue;
                     if (g.per_tap || b == 0 || row_of[b] != row_of[b - 1])
                         SK_UNROLL for (int m = 0; m < N; ++m) dy[m].load([&](int i, int s) {
                             return stage + layout.region_bytes + dy_rows.at(k + i, row_of[b] * (SIDE / 8) + 2 * m + s);
