@@ -272,6 +272,10 @@ struct CudaDeviceInfo {
 int cuda_device_count(int64_t* count);
 int cuda_device_info(int64_t device, CudaDeviceInfo* info);
 
+// Writes up to `most` of the compute capabilities that the kernels were compiled for, ten times each, and returns how
+// many there are.
+int64_t cuda_archs(int64_t* archs, int64_t most);
+
 // The CUDA runtime's words for a status above kCudaError.
 const char* cuda_error_string(int status);
 

@@ -44,6 +44,16 @@ void bind_cuda(py::module_& m) {
             return devices;
         },
         "One dict a GPU: name, capability, multiprocessors, shared_bytes_per_block, l2_bytes, memory_bytes.");
+    m.def(
+        "cuda_archs",
+        [] {
+            int64_t archs[32];
+            const int64_t count = cuda_archs(archs, 32);
+            py::list found;
+            for (int64_t i = 0; i < count && i < 32; ++i) found.append(py::make_tuple(archs[i] / 10, archs[i] % 10));
+            return found;
+        },
+        "The compute capabilities that this build has code for.");
 }
 
 #else
@@ -54,6 +64,7 @@ void bind_cuda(py::module_& m) {
         "cuda_why_unavailable", [] { return "built without nvcc"; },
         "None where a GPU can be used, else what the CUDA runtime says.");
     m.def("cuda_devices", [] { return py::list(); }, "The GPUs that the CUDA kernels can use: none in this build.");
+    m.def("cuda_archs", [] { return py::list(); }, "The compute capabilities that this build has code for: none.");
 }
 
 #endif

@@ -93,8 +93,11 @@ class EmulatedCuda(CudaBackend):
     def capability(self, device: torch.device) -> tuple[int, int]:
         return self.arch // 100, self.arch // 10 % 10
 
+    def architectures(self) -> list[tuple[int, int]]:
+        return [self.capability(torch.device("cpu"))]
+
     def limits(self, device: torch.device) -> Device:
-        # Shared memory as on sm_75 where it is least; few multiprocessors, so that no shape is split by default.
+        # Shared memory as on sm_75 where it is least; few multiprocessors, so that little is split by default.
         return Device(2, 64 << 10 if self.arch < 800 else 99 << 10)
 
     def stream(self, device: torch.device) -> int:

@@ -106,6 +106,7 @@ def test_cuda_status_never_fails_without_a_driver(native) -> None:
     assert isinstance(native.cuda_built(), bool)
     reason = native.cuda_why_unavailable()
     assert (reason is None) == bool(native.cuda_devices())
+    assert bool(native.cuda_archs()) == native.cuda_built()
     if not native.cuda_built():
         assert reason == "built without nvcc"
 

@@ -25,8 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_kernels import Block, Topology, backends, ops, testing
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.backends import ConvGeometry
-from sparse_kernels.backends._cuda_config import Device, ProductConfig, SddmmConfig, configured
-from sparse_kernels.backends._cuda_index import BUFFERS
+from sparse_kernels.backends._cuda_config import (
+    ConvSizes,
+    Device,
+    ProductConfig,
+    SddmmConfig,
+    configured,
+    product_config,
+)
+from sparse_kernels.backends._cuda_index import BUFFERS, orientation
+from sparse_kernels.backends.cuda import CudaBackend
 
 pytestmark = pytest.mark.skipif(emulated_cuda.CXX is None, reason="needs a C++ compiler")
 
@@ -232,7 +240,7 @@ def test_conv2d_with_an_activation(activation: str) -> None:
     bias = normal(40, seed=1)
     bias = 20 * bias.sign() if activation == "relu" else bias  # nothing near the kink, which a rounding may cross
     topology, x = topology_of(backend, "3x3", Block(32, 32)), image("3x3", dtype)
-    for product in (None, CONFIGURATIONS["splits"][0]):
+    for product in (CONFIGURATIONS["two warps of positions"][0], CONFIGURATIONS["splits"][0]):
         with configured(product):
             check_conv(backend, topology, CASES["3x3"][0], x, bias, activation)
 
@@ -256,6 +264,28 @@ def test_images_of_any_strides() -> None:
         results.append((y.detach(), view.grad, values.grad))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("taps,in_,out,positions", [(9, 896, 896, 768), (1, 896, 896, 768), (1, 768, 896, 768)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_small_layers_fill_an_h200(transposed: bool, taps: int, in_: int, out: int, positions: int) -> None:
+    """896 channels at 8x8 and a linear layer, batch 12: two blocks of four warps for nearly every multiprocessor."""
+    index = testing.TOPOLOGIES["random"](out, in_, Block(32, 32), taps).weight_index()
+    side, kernel = (8, 3 if taps == 9 else 1) if in_ == out else (0, 1)
+    image = (12, side, side, side, side) if side else (1, 1, positions, 1, positions)
+    conv, sizes = (
+        ConvSizes(*image, kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1),
+        orientation(index, transposed),
+    )
+    module = emulated_cuda.backend().library()
+    result, source = (in_, out) if transposed else (out, in_)
+    native = sizes.side, sizes.rows, sizes.chunks, sizes.chunk, 32, index.nnzb, result, source, 0, 0
+    config = product_config(
+        conv, sizes, transposed, Device(132, 227 << 10),
+        lambda c: module.cuda_product_shared_bytes(native, conv, transposed, c),
+    )  # fmt: skip
+    blocks = positions // 64 * -(-sizes.rows // config.warps_n) * config.splits
+    assert config.m_tiles == config.warps_n == 4 and 200 <= blocks <= 264
 
 
 def test_results_repeat_bit_for_bit() -> None:
@@ -312,6 +342,31 @@ def test_what_is_not_served_says_why() -> None:
     assert "no gru" in reason("gru", Block(32, 32), torch.bfloat16, gpu)
     old = emulated_cuda.backend(700).why_unsupported("linear", pattern=Block(32, 32), dtype=torch.bfloat16, device=cpu)
     assert old == "bfloat16 takes a GPU of sm_80 or newer, and this one is sm_70; use float16"
+
+
+@pytest.mark.parametrize(
+    "gpu,dtype,archs,why",
+    [
+        ((7, 0), torch.float16, [(7, 5), (8, 0), (9, 0)], "SPARSE_KERNELS_ARCHS=70 and a CUDA toolkit 12.x"),
+        ((8, 0), torch.bfloat16, [(7, 5), (9, 0)], "built for sm_75, sm_90, and this GPU is sm_80; reinstall with SP"),
+        ((8, 0), torch.float16, [(7, 5), (9, 0)], None),
+        ((8, 6), torch.bfloat16, [(7, 5), (8, 0), (9, 0)], None),
+        ((12, 0), torch.bfloat16, [(7, 5), (8, 0), (9, 0)], None),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_the_build_has_no_code_for(
+    gpu: tuple[int, int], dtype: torch.dtype, archs: list[tuple[int, int]], why: str | None
+) -> None:
+    class Built(CudaBackend):
+        def capability(self, device: torch.device) -> tuple[int, int]:
+            return gpu
+
+        def architectures(self) -> list[tuple[int, int]]:
+            return archs
+
+    found = Built().why_unsupported("conv", pattern=Block(32, 32), dtype=dtype, device=torch.device("cuda"))
+    assert found is None if why is None else found is not None and why in found
 
 
 def test_an_index_that_was_not_derived_is_refused() -> None:

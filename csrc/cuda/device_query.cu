@@ -40,6 +40,13 @@ int cuda_device_info(int64_t device, CudaDeviceInfo* info) {
     return kOk;
 }
 
+int64_t cuda_archs(int64_t* archs, int64_t most) {
+    static constexpr int known[] = {__CUDA_ARCH_LIST__};
+    constexpr int64_t count = sizeof(known) / sizeof(known[0]);
+    for (int64_t i = 0; i < count && i < most; ++i) archs[i] = known[i] / 10;
+    return count;
+}
+
 const char* cuda_error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status - kCudaError)); }
 
 }  // namespace sk

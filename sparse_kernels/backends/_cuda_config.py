@@ -135,9 +135,11 @@ def product_config(
         config = ProductConfig(*tile(64, max(1, conv.batch), height, width), 4, warps_n)
     while blocks(config) < device.multiprocessors and config.warps_n > 4:
         config = config._replace(warps_n=-(-config.warps_n // 2))
-    # Each split must be worth its sums: four chunks at least.
-    splits = min(device.multiprocessors // max(1, blocks(config)), sizes.chunks // 4, 8)
-    config = config._replace(splits=max(1, splits))
+    # A multiprocessor wants eight warps: of small blocks two or more. Each split must be worth its sums, which pass
+    # through L2 twice: eight sub-blocks of a row at least.
+    wanted = device.multiprocessors * max(1, 8 // config.warps_n)
+    in_row = conv.kernel_h * conv.kernel_w * sizes.columns
+    config = config._replace(splits=max(1, min(wanted // max(1, blocks(config)), in_row // 8, sizes.chunks, 8)))
     smaller = ProductConfig(*tile(64, max(1, conv.batch), height, width), 4, config.warps_n, splits=config.splits)
     for per_tap in (0, 1):
         for base in (config, smaller) if sizes.side == 32 else (config,):

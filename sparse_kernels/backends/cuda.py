@@ -61,6 +61,15 @@ class CudaBackend(Backend):
             remedy = "; use float16" if (7, 0) <= found else ""
             newer, this = (f"sm_{major}{minor}" for major, minor in (least, found))
             return f"{name} takes a GPU of {newer} or newer, and this one is {this}{remedy}"
+        archs = self.architectures()
+        # A GPU runs the newest code that is no newer than itself.
+        if archs and max((arch for arch in archs if arch <= found), default=(0, 0)) < least:
+            built = ", ".join(f"sm_{major}{minor}" for major, minor in archs)
+            toolkit = " and a CUDA toolkit 12.x, the last that knows it" if found < (7, 5) else ""
+            return (
+                f"it was built for {built}, and this GPU is sm_{found[0]}{found[1]}; reinstall with "
+                f"SPARSE_KERNELS_ARCHS={found[0]}{found[1]}{toolkit}"
+            )
         return None
 
     def deriver(self, op: str, pattern: Block) -> Deriver | None:
@@ -77,6 +86,10 @@ class CudaBackend(Backend):
     def capability(self, device: torch.device) -> tuple[int, int]:
         """Compute capability of a GPU; (9, 9) where there is none to ask."""
         return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 9)
+
+    def architectures(self) -> list[tuple[int, int]]:
+        """The compute capabilities that the build has code for; none where it has no kernels at all."""
+        return [] if _native.why_unavailable() is not None else _native.native().cuda_archs()
 
     def limits(self, device: torch.device) -> Device:
         """Its multiprocessors and shared memory."""
