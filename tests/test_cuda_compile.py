@@ -34,8 +34,8 @@ BOUNDS = {
     "product_kernel<32, 4>": 128,
     "product_kernel<16, 8>": 128,
     "product_reduce_kernel": 64,
-    "sddmm_kernel<32, 5>": 246,
-    "sddmm_kernel<16, 16>": 246,
+    "sddmm_kernel<32, 5>": 236,
+    "sddmm_kernel<16, 16>": 236,
     "sddmm_reduce_kernel<32>": 56,
     "sddmm_reduce_kernel<16>": 56,
 }

@@ -156,7 +156,7 @@ SK_DEVICE void copy_rows(unsigned char* to, const Rows& placed, const uint16_t* 
     for (int segment = thread_index() % width; segment < segments; segment += width) {
         const int real = clamp_segment(channels - 8 * segment);
         const uint16_t* source = base + (real ? 8 * segment : 0);
-        for (int row = thread_index() / width; row < count; row += down) {
+        SK_NO_UNROLL for (int row = thread_index() / width; row < count; row += down) {
             const int64_t offset = from[row];
             copy_segment(to + placed.at(row, segment), source + (offset < 0 ? 0 : offset), offset < 0 ? 0 : real,
                          aligned);

@@ -130,10 +130,10 @@ sddmm_kernel(const SK_GRID_CONSTANT SddmmArgs a) {
         const auto find_unit = [&](int unit) {
             const Tile tile = tile_at(g, unit / rounds);
             int64_t* to = sources + (unit & 1) * g.region();
-            for (int q = thread; q < g.region(); q += block_threads())
-                to[q] = source_offset(g, v, u, tile, unit % rounds, q);
+            SK_NO_UNROLL for (int q = thread; q < g.region(); q += block_threads()) to[q] =
+                source_offset(g, v, u, tile, unit % rounds, q);
             to = dy_sources + (unit & 1) * positions;
-            for (int m = thread; m < positions; m += block_threads()) {
+            SK_NO_UNROLL for (int m = thread; m < positions; m += block_threads()) {
                 const int row = m / g.tile_w;
                 const int n = tile.n + row / g.tile_h, h = tile.h + row % g.tile_h, w = tile.w + m % g.tile_w;
                 const bool inside = n < g.batch && h < g.result_h && w < g.result_w;
