@@ -16,7 +16,7 @@
 //
 // Traffic from L2, 3x3, S = 32, a tile of P positions, G rows, density d: P * 1.4 * 64 bytes of X and 64 P G of dY for
 // 9 G d * 2048 P FLOP: G = 8, d = .5: 123 FLOP a byte; lower densities take more rows. Registers: BLOCKS * S * S / 32
-// sums (160), 16 of fragments. Shared memory: 2 (region * chunk + P * G * S) * 2 bytes.
+// sums (160), 16 of fragments. Shared memory: 2 (region * chunk + P * G * S) * 2 bytes, and 20 a pixel.
 #pragma once
 
 #include "cuda/device.h"
