@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparse_kernels.nn import Plan, replan, sparsify
 from sparsediff import checkpoint as checkpoints
+from sparsediff import datasets
 from sparsediff.diffusion import SCHEDULES, Diffusion
 from sparsediff.methods import METHODS
 from sparsediff.models import MODELS
@@ -49,7 +50,20 @@ def build_diffusion(config: TrainConfig) -> Diffusion:
 
 
 def build_dense_model(config: TrainConfig) -> Any:
-    """The dense model of the settings, its weights drawn from the seed; a U-Net's channels are last in memory."""
+    """The dense model of the settings, its weights drawn from the seed; a U-Net's channels are last in memory.
+
+    Raises:
+        DataError: the data set holds no data of its kind.
+    """
+    wanted, held = (
+        "images" if images else "drawings"
+        for images in (config.model == "unet", issubclass(datasets.get(config.dataset), datasets.ImageDataset))
+    )
+    if wanted != held:
+        raise datasets.DataError(
+            f"model {config.model!r} diffuses {wanted}, and data set {config.dataset!r} holds {held}; choose another "
+            "--dataset or --model."
+        )
     if config.model == "unet":
         model: Any = MODELS.get("unet")(**unets.SIZES[config.unet], seed=config.seed)
         return model.to(memory_format=torch.channels_last)
