@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from .datasets import DataError, polylines
+from .files import replaced
 
 LINE_WIDTH = 1 / 32
 MARGIN = 1 / 16
@@ -126,11 +127,6 @@ def _sheet(cells: list[UInt8], columns: int | None, gap: int) -> Image.Image:
 def save_png(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Writes a PNG whole or not at all, creating its folder; returns the path."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    with replaced(target) as temporary:
         image.save(temporary, format="PNG")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target

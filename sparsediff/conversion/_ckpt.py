@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sparsediff.conversion._names import ConversionError
+from sparsediff.files import replaced
 
 # Of the standard library, what checkpoints name without harm: kinds of settings.
 _HARMLESS = {"argparse", "pathlib", "enum", "datetime", "typing", "__main__"}
@@ -88,14 +89,8 @@ def _is_suspect(name: str) -> bool:
 
 def write_ckpt(path: Path, content: dict[str, Any]) -> Path:
     """Writes a dict of tensors and plain data as torch.save does, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
     return path

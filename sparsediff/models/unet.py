@@ -16,8 +16,6 @@ Source: Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion M
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparse_kernels.nn import Plan
-from sparsediff.files import write_atomically
+from sparsediff.files import replaced
 from sparsediff.models import MODELS
 from sparsediff.models._folders import DENSE_FILE, WeightsError, load_dense, read_config, require_diffusers
 from sparsediff.rebuild import is_sparse, load_sparse
@@ -122,18 +120,14 @@ def save_unet(model: Any, folder: Path, plan: Plan | None = None) -> Path:
     # Copies, because safetensors refuses views of one storage, such as those of the index.
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
     name, other = (SPARSE_FILE, DENSE_FILE) if is_sparse(state) else (DENSE_FILE, SPARSE_FILE)
-    temporary = folder / f".{name}.{os.getpid()}.part"
-    try:
+    with replaced(folder / name) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
         model.save_config(folder)
-        os.replace(temporary, folder / name)
-    finally:
-        temporary.unlink(missing_ok=True)
     (folder / other).unlink(missing_ok=True)
     if plan is None:
         (folder / PLAN_FILE).unlink(missing_ok=True)
     else:
-        write_atomically(folder / PLAN_FILE, json.dumps(plan.to_json(), indent=1) + "\n")
+        plan.save(folder / PLAN_FILE)
     return folder
 
 
