@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from bench.replay import Replay, event_ms
+from bench.replay import Replay
 from bench.rows import machine
+from sparse_kernels.nn.measure import call_ms
 
+GPU = torch.device("cuda")
 HBM_BYTES, L2_BYTES = 2**31, 2**24
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -24,8 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def _best_ms(function: Callable[[], Any], calls: int) -> float:
     """Milliseconds of one call: the best of five replays of `calls` calls in one CUDA graph."""
     replay = Replay(function, calls)
-    event_ms(replay, 2)
-    return min(event_ms(replay, 1) for _ in range(5)) / calls
+    call_ms(replay, 2, GPU)
+    return min(call_ms(replay, 1, GPU) for _ in range(5)) / calls
 
 
 @functools.cache

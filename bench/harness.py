@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor
 
 from bench.registry import Case, Ours, Prepared, Problem, Samples, Variant, Wrong
-from bench.replay import Replay, event_ms, gpu_allocated_mib
+from bench.replay import Replay, gpu_allocated_mib
 from bench.roofline import limits
 from bench.rows import RESULTS, Row, machine
+from sparse_kernels.nn.measure import call_ms
 from sparse_kernels.nn.weights import SparseLayer
 from sparsediff.allocator import keep_freed_memory
 
@@ -143,7 +143,7 @@ def _samples(prepared: Prepared, ours: Mapping[str, Ours], seconds: float, fewes
     for name, replay in replays.items():
         if replay.reason:
             print(f"  {name} is timed call by call, it cannot be captured in a CUDA graph: {replay.reason}")
-    samples = interleave(replays, seconds=seconds, fewest=fewest, most=most, seldom=peers, call_ms=event_ms)
+    samples = interleave(replays, seconds=seconds, fewest=fewest, most=most, seldom=peers, device=prepared.device)
     return {name: {turn: ms / calls for turn, ms in rounds.items()} for name, rounds in samples.items()}
 
 
@@ -155,7 +155,7 @@ def interleave(
     most: int = 15,
     seldom: Collection[str] = (),
     shortest_ms: float = 4.0,
-    call_ms: Callable[[Callable[[], Any], int], float] | None = None,
+    device: str = "cpu",
 ) -> Samples:
     """Times every function once a round, in rotating order.
 
@@ -164,18 +164,18 @@ def interleave(
         seconds: what the rounds may take together; between `fewest` and `most` rounds fit in.
         seldom: names of those that take part in so few rounds (at least `fewest`) that they need about as long as all
             the others.
-        call_ms: how the milliseconds of one of so many calls of a function are measured; default: the wall clock.
+        device: where the functions run, which decides the clock.
 
     Returns:
         Milliseconds of one call, by name and round.
     """
-    call_ms = call_ms or _call_ms
+    where = torch.device(device)
     once_ms: dict[str, float] = {}
     for name, function in functions.items():
-        once_ms[name] = call_ms(function, 1)
+        once_ms[name] = call_ms(function, 1, where)
         # The first call warms up; of a long one it also says how long it takes.
         if once_ms[name] < LONG_MS:
-            once_ms[name] = call_ms(function, 1)
+            once_ms[name] = call_ms(function, 1, where)
     repeats = {name: max(1, int(shortest_ms / max(ms, 1e-6))) for name, ms in once_ms.items()}
     cost = {name: repeats[name] * once_ms[name] for name in functions}
     often_ms = sum(ms for name, ms in cost.items() if name not in seldom)
@@ -191,7 +191,7 @@ def interleave(
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
                 if name not in seldom or turn % every == 0:
-                    samples[name][turn] = call_ms(functions[name], repeats[name])
+                    samples[name][turn] = call_ms(functions[name], repeats[name], where)
     return samples
 
 
@@ -205,13 +205,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def _call_ms(function: Callable[[], Any], count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        function()
-    return (time.perf_counter() - start) * 1e3 / count
 
 
 def _rows(

@@ -53,17 +53,6 @@ class Replay:
             self._loop()
 
 
-def event_ms(function: Callable[[], Any], count: int) -> float:
-    """Milliseconds of one of `count` calls between two CUDA events."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(count):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / count
-
-
 def gpu_allocated_mib(function: Callable[[], Any]) -> float:
     """The largest rise in MiB of what torch has allocated on the GPU during a call, its results included."""
     function()

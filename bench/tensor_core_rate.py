@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.replay import event_ms
+from sparse_kernels.nn.measure import call_ms
 
 M, K, ROUNDS, WARPS = 128, 64, 512, 4
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -27,6 +27,7 @@ def multiply(a_ptr, b_ptr, out_ptr, rounds, M: tl.constexpr, N: tl.constexpr, K:
 
 def tensor_core_tflops(n: int) -> float:
     """TFLOP/s in bf16 with tiles of 128 positions and `n` outputs; random data."""
+    gpu = torch.device("cuda")
     count = torch.cuda.get_device_properties(0).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
     a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((M, K), (K, n)))
     out = torch.empty(count, M, n, device="cuda")
@@ -34,5 +35,5 @@ def tensor_core_tflops(n: int) -> float:
     def run() -> None:
         multiply[(count,)](a, b, out, ROUNDS, M=M, N=n, K=K, num_warps=WARPS)
 
-    event_ms(run, 3)
-    return 2.0 * M * n * K * ROUNDS * count / (min(event_ms(run, 5) for _ in range(5)) * 1e9)
+    call_ms(run, 3, gpu)
+    return 2.0 * M * n * K * ROUNDS * count / (min(call_ms(run, 5, gpu) for _ in range(5)) * 1e9)

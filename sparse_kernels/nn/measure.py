@@ -196,35 +196,36 @@ def model_ms(model: nn.Module, example_inputs: Any, *, rounds: int = ROUNDS) -> 
 
 
 def timed(forms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function, which run in turn, in rotating order, after a warm-up; on a GPU by the
-    events of its current stream, so that a launch which outlasts its kernel counts and the queue's latency does not."""
-
-    def clock(function: Callable[[], object], repeats: int) -> float:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begun.record()
-                for _ in range(repeats):
-                    function()
-                ended.record()
-                ended.synchronize()
-                return float(begun.elapsed_time(ended)) / repeats
-        start = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        return (time.perf_counter() - start) * 1e3 / repeats
-
+    """Median milliseconds of each function, which run in turn, in rotating order, after a warm-up."""
     repeats = {}
     for name, function in forms.items():
-        clock(function, 1)
-        repeats[name] = max(1, int(SHORTEST_MS / max(clock(function, 1), 1e-3)))
+        call_ms(function, 1, device)
+        repeats[name] = max(1, int(SHORTEST_MS / max(call_ms(function, 1, device), 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in forms}
     names = list(forms)
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(clock(forms[name], repeats[name]))
+            samples[name].append(call_ms(forms[name], repeats[name], device))
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def call_ms(function: Callable[[], object], count: int, device: torch.device) -> float:
+    """Milliseconds of one of `count` calls; on a GPU by the events of its current stream, so that a launch which
+    outlasts its kernel counts and the queue's latency does not."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record()
+            for _ in range(count):
+                function()
+            ended.record()
+            ended.synchronize()
+            return float(begun.elapsed_time(ended)) / count
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) * 1e3 / count
 
 
 def training_step(
